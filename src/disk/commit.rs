@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Disk;
-use super::bottom::Bottom;
+use super::base_description::BaseDescription;
 use super::operation::{Force, Operation};
 use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
@@ -56,7 +56,7 @@ impl Disk {
         let operation = self.operations.begin("a commit")?;
         let overlay = self.committable_overlay()?;
         self.check_writers(force)?;
-        let Bottom::File { path, file, format, view, .. } = &*self.bottom() else {
+        let BaseDescription::File { path, file, format, view, .. } = &*self.described_base() else {
             return Err(refused("its base is blank: there is nothing to commit to"));
         };
         if !BaseFormat::of(*format).is_plain() {
@@ -158,8 +158,8 @@ impl Disk {
         };
         let (
             BaseRecord::File { identity, path: recorded_path, .. },
-            Bottom::File { path, file, .. },
-        ) = (recorded, &*self.bottom())
+            BaseDescription::File { path, file, .. },
+        ) = (recorded, &*self.described_base())
         else {
             return Ok(());
         };

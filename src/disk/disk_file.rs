@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::bottom::grain_at;
+use super::base_description::grain_at;
 use super::partition::{PartitionFile, intersection};
 use super::{Attributes, Disk, FallocateMode, HandleAccess, SizeMode, Whence};
 use crate::host::os_error;

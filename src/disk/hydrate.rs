@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Disk;
-use super::bottom::Bottom;
+use super::base_description::BaseDescription;
 use super::fetch::COPY_STEP;
 use super::layers::{LayerStack, Top};
 use super::operation_error::OperationError;
@@ -211,7 +211,7 @@ impl Disk {
             let bottom = Some(Arc::new(Blank::new(size)) as Arc<dyn Layer>);
             *self.layers.write() =
                 Arc::new(LayerStack::new(Top::Overlay(Arc::clone(&overlay)), Vec::new(), bottom));
-            *self.bottom.lock() = Arc::new(Bottom::Blank(size));
+            *self.described_base.lock() = Arc::new(BaseDescription::Blank(size));
             self.hydration.is_detached.store(true, Ordering::SeqCst);
         }
         self.drop_unused_layers(tree, &next);

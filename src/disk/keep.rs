@@ -72,7 +72,7 @@ impl Disk {
             });
         }
         let tree = self.tree("changes to keep").map_err(refused)?;
-        let stack = new_stack(self.uuid, &self.bottom(), self.owner(), self.block_size())?;
+        let stack = new_stack(self.uuid, &self.described_base(), self.owner(), self.block_size())?;
         self.record_mtime(overlay);
         let all = self.all_layers(&tree).map_err(refused)?;
         let kept = keep::keep(&all, path, stack.with_tree(tree.clone()));

@@ -12,7 +12,7 @@
 //!      +-- partition   its partitions as files
 //!      +-- space       failures for lack of space
 //!      +-- references  handles, lookups of the kernel, the name
-//!      +-- overlay_location, bottom      where the layers are stored
+//!      +-- overlay_location, described_base      where the layers are stored
 //!      +-- operation   the operation on the whole disk, of which one runs at a time
 //!      +-- pools       its threads
 //! ```
@@ -25,7 +25,7 @@
 
 mod allocated;
 mod attrs;
-mod bottom;
+mod base_description;
 mod commit;
 mod copy;
 mod direct;
@@ -61,8 +61,8 @@ use uuid::Uuid;
 use self::allocated::Allocated;
 pub use self::attrs::{Attributes, DiskOwner};
 use self::attrs::{Attrs, Times, coarse_now, mtime_of};
-use self::bottom::Bottom;
-pub use self::bottom::UnreadableBase;
+use self::base_description::BaseDescription;
+pub use self::base_description::UnreadableBase;
 pub use self::commit::CommitSummary;
 pub use self::disk_file::DiskFile;
 pub use self::fetch::PrefetchMode;
@@ -125,8 +125,8 @@ pub struct Disk {
     copy_up: CopyUp,
     hydration: Hydration,
     space_failures: SpaceFailures,
-    /// The bottom as the overlay's `stack` describes it.
-    bottom: Mutex<Arc<Bottom>>,
+    /// The base as the overlay's `stack` describes it.
+    described_base: Mutex<Arc<BaseDescription>>,
     recovered: Recovered,
     /// The stream, for a disk that is one.
     stream: Option<Stream>,
@@ -139,23 +139,23 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Makes a disk of `layers`, whose bottom is described by `bottom`, with the keys of `spec`.
+    /// Makes a disk of `layers`, over the base that `description` describes, with the keys of `spec`.
     fn new(
         spec: &DiskSpec,
         uuid: Uuid,
         layers: LayerStack,
-        bottom: Bottom,
+        description: BaseDescription,
         owner: DiskOwner,
     ) -> Self {
-        let mtime = match (&layers.top, bottom.metadata()) {
+        let mtime = match (&layers.top, description.metadata()) {
             (Top::Overlay(_), _) | (_, None) => coarse_now(),
             (_, Some(found)) => mtime_of(&found),
         };
-        let source = match bottom.path() {
+        let source = match description.path() {
             Some(path) => path.display().to_string(),
             None => format!("blank:{}", layers.size()),
         };
-        let grain = bottom.grain();
+        let grain = description.grain();
         Self {
             uuid,
             mode: spec.mode,
@@ -175,7 +175,7 @@ impl Disk {
             copy_up: spec.copy_up,
             hydration: Hydration::default(),
             space_failures: SpaceFailures::default(),
-            bottom: Mutex::new(Arc::new(bottom)),
+            described_base: Mutex::new(Arc::new(description)),
             recovered: Recovered::Clean,
             stream: None,
             pools: Pools::default(),
@@ -212,9 +212,9 @@ impl Disk {
         self.layers().top.reflink().cloned()
     }
 
-    /// The bottom as the overlay records it; the layer that reads it is `layers().bottom`.
-    fn bottom(&self) -> Arc<Bottom> {
-        Arc::clone(&self.bottom.lock())
+    /// The base as the overlay records it; the layer that reads it is `layers().bottom`.
+    fn described_base(&self) -> Arc<BaseDescription> {
+        Arc::clone(&self.described_base.lock())
     }
 
     /// The state in which the overlay was found when it was opened.
@@ -355,14 +355,14 @@ impl Disk {
     /// The path of the disk's base in `status`; `None` without a file.
     #[must_use]
     pub fn base_path(&self) -> Option<PathBuf> {
-        self.bottom().path().map(Path::to_owned)
+        self.described_base().path().map(Path::to_owned)
     }
 
     /// Describes the disk's base for `status`.
     #[must_use]
     pub fn base_description(&self) -> String {
-        match (&*self.bottom(), self.hydration.is_detached()) {
-            (Bottom::Blank(size), true) => format!("blank:{size}"),
+        match (&*self.described_base(), self.hydration.is_detached()) {
+            (BaseDescription::Blank(size), true) => format!("blank:{size}"),
             _ => self.source.clone(),
         }
     }

@@ -27,7 +27,7 @@ use uuid::Uuid;
 
 use super::Disk;
 use super::allocated::AllocatedCache;
-use super::bottom::Bottom;
+use super::base_description::BaseDescription;
 use crate::base::partitions::{self, PartitionRole, PartitionTableError, TableSource};
 use crate::config::format_size;
 use crate::host::os_error;
@@ -159,7 +159,9 @@ impl Disk {
             return Err(ShowPartitionsError::Reflink);
         }
         let found = match partitions::read(self, self.sector()?) {
-            Err(PartitionTableError::NoTable) if matches!(*self.bottom(), Bottom::Blank(_)) => {
+            Err(PartitionTableError::NoTable)
+                if matches!(*self.described_base(), BaseDescription::Blank(_)) =>
+            {
                 Vec::new()
             }
             Err(PartitionTableError::NoTable) => return Err(ShowPartitionsError::NoTable),
@@ -191,11 +193,13 @@ impl Disk {
 
     /// Sector size in bytes of a block device at the bottom; `None` for other bottoms.
     fn sector(&self) -> io::Result<Option<u64>> {
-        match &*self.bottom() {
-            Bottom::File { file, .. } if file.metadata()?.file_type().is_block_device() => {
+        match &*self.described_base() {
+            BaseDescription::File { file, .. }
+                if file.metadata()?.file_type().is_block_device() =>
+            {
                 Ok(Some(rustix::fs::ioctl_blksszget(&**file)?.into()))
             }
-            Bottom::File { .. } | Bottom::Blank(_) => Ok(None),
+            BaseDescription::File { .. } | BaseDescription::Blank(_) => Ok(None),
         }
     }
 

@@ -19,7 +19,7 @@ impl Disk {
     fn single_file(&self) -> Option<Arc<File>> {
         match (self.reflink(), self.passthrough) {
             (Some(reflink), _) => Some(Arc::clone(reflink.data())),
-            (None, Passthrough::On) => self.bottom().file().cloned(),
+            (None, Passthrough::On) => self.described_base().file().cloned(),
             (None, Passthrough::Off) => None,
         }
     }

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use crate::disk::Disk;
-use crate::disk::bottom::Bottom;
+use crate::disk::base_description::BaseDescription;
 use crate::disk::layers::LayerStack;
 use crate::disk::operation_error::OperationError;
 use crate::extents::{Extent, ExtentKind};
@@ -170,10 +170,12 @@ impl Disk {
             ChangeMap { layers: Sealed::new(chain[..upper].to_vec()), base_size: below, size };
         let frozen = LayerStack::read_only(chain, bottom);
         let marks = LayerStack::read_only(Vec::new(), Some(Arc::new(marks)));
-        let base = match &*self.bottom() {
-            Bottom::File { view: Some(_), .. } => DiffBase::Part,
-            Bottom::File { path, format, .. } => DiffBase::File(path.clone(), format.to_string()),
-            Bottom::Blank(_) => DiffBase::Zeros,
+        let base = match &*self.described_base() {
+            BaseDescription::File { view: Some(_), .. } => DiffBase::Part,
+            BaseDescription::File { path, format, .. } => {
+                DiffBase::File(path.clone(), format.to_string())
+            }
+            BaseDescription::Blank(_) => DiffBase::Zeros,
         };
         Ok(Difference {
             frozen_file: self.add_diff_file(frozen, mtime),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::context::OpenContext;
 use super::error::OpenError;
 use crate::config::format_size;
-use crate::disk::bottom::{Bottom, UnreadableBase, identity_of};
+use crate::disk::base_description::{BaseDescription, UnreadableBase, identity_of};
 use crate::overlay::stack::{BaseRecord, FileRecord, view_fields};
 
 /// The way in which a base does not fit its overlay; text to follow the overlay's directory.
@@ -24,11 +24,11 @@ pub(super) enum BaseMismatch {
 pub(super) fn check_base(
     dir: &Path,
     recorded: &BaseRecord,
-    bottom: &Bottom,
+    description: &BaseDescription,
     context: &OpenContext<'_>,
 ) -> Result<(), OpenError> {
     let mismatch = |why| Err(OpenError::Mismatch { dir: dir.to_owned(), why });
-    match find_mismatch(recorded, bottom)? {
+    match find_mismatch(recorded, description)? {
         Some(BaseMismatch::OtherBase(why)) => mismatch(why),
         Some(BaseMismatch::Changed(why)) if context.force => {
             log::warn!("overlay '{}' {why}; used all the same (--force)", dir.display());
@@ -44,35 +44,37 @@ pub(super) fn check_base(
 /// Compares the base `now` with the recorded one.
 pub(super) fn find_mismatch(
     recorded: &BaseRecord,
-    now: &Bottom,
+    now: &BaseDescription,
 ) -> Result<Option<BaseMismatch>, UnreadableBase> {
     Ok(match (recorded, now) {
-        (BaseRecord::Blank { size: old }, Bottom::Blank(new)) if old == new => None,
-        (BaseRecord::Blank { size: old }, Bottom::Blank(new)) => {
+        (BaseRecord::Blank { size: old }, BaseDescription::Blank(new)) if old == new => None,
+        (BaseRecord::Blank { size: old }, BaseDescription::Blank(new)) => {
             Some(other_base(&blank(*old), &blank(*new)))
         }
-        (BaseRecord::Blank { size }, Bottom::File { path, .. }) => {
+        (BaseRecord::Blank { size }, BaseDescription::File { path, .. }) => {
             Some(BaseMismatch::OtherBase(format!(
                 "is one of {}, not of {}: a hydrated overlay is detached from its base, mount it as NAME=blank:{size},overlay=...",
                 blank(*size),
                 quoted(path)
             )))
         }
-        (BaseRecord::File { path, .. }, Bottom::Blank(size)) => {
+        (BaseRecord::File { path, .. }, BaseDescription::Blank(size)) => {
             Some(other_base(&quoted(path), &blank(*size)))
         }
-        (BaseRecord::File { .. }, Bottom::File { .. }) => match find_other_file(recorded, now) {
-            Some(other) => Some(other),
-            None => find_changed_file(recorded, now)?,
-        },
+        (BaseRecord::File { .. }, BaseDescription::File { .. }) => {
+            match find_other_file(recorded, now) {
+                Some(other) => Some(other),
+                None => find_changed_file(recorded, now)?,
+            }
+        }
     })
 }
 
 /// Compares path, format and part of two files.
-fn find_other_file(recorded: &BaseRecord, now: &Bottom) -> Option<BaseMismatch> {
+fn find_other_file(recorded: &BaseRecord, now: &BaseDescription) -> Option<BaseMismatch> {
     let (
         BaseRecord::File { path: old_path, format: old_format, offset, len, .. },
-        Bottom::File { path, file, format, view, .. },
+        BaseDescription::File { path, file, format, view, .. },
     ) = (recorded, now)
     else {
         return None;
@@ -99,11 +101,11 @@ fn find_other_file(recorded: &BaseRecord, now: &Bottom) -> Option<BaseMismatch> 
 /// Compares the contents of a file, and of the files that it needs, with the recorded ones.
 fn find_changed_file(
     recorded: &BaseRecord,
-    now: &Bottom,
+    now: &BaseDescription,
 ) -> Result<Option<BaseMismatch>, UnreadableBase> {
     let (
         BaseRecord::File { identity: recorded, needs: recorded_needs, .. },
-        Bottom::File { path, file, needs, .. },
+        BaseDescription::File { path, file, needs, .. },
     ) = (recorded, now)
     else {
         return Ok(None);

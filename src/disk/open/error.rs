@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::base::BaseError;
 use crate::base::self_reference::SelfReferenceError;
-use crate::disk::bottom::UnreadableBase;
+use crate::disk::base_description::UnreadableBase;
 use crate::disk::partition::ShowPartitionsError;
 use crate::overlay::error::OverlayError;
 

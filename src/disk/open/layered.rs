@@ -17,7 +17,7 @@ use crate::base::{self, BaseAccess, BaseLayer, BaseOptions};
 use crate::config::{DiskMode, DiskSource, DiskSpec, Partitions, format_size};
 use crate::disk::Disk;
 use crate::disk::attrs::DiskOwner;
-use crate::disk::bottom::Bottom;
+use crate::disk::base_description::BaseDescription;
 use crate::disk::history::History;
 use crate::disk::layers::{LayerStack, Top};
 use crate::disk::overlay_location::OverlayLocation;
@@ -54,16 +54,16 @@ pub(super) fn open_layers(
         allow_backing: &context.allow_backing,
     };
     let base = base::open(&spec.source, options)?;
-    let bottom = Bottom::of(&base, options);
-    let owner = initial_owner(spec, &bottom, context);
+    let description = BaseDescription::of(&base, options);
+    let owner = initial_owner(spec, &description, context);
     let base_notes = notes_on_base(&base, context);
     let layer = match &base.layer {
         BaseLayer::Writer(layer) => {
-            return Ok(over_writable(spec, layer, base.size, bottom, owner, base_notes));
+            return Ok(over_writable(spec, layer, base.size, description, owner, base_notes));
         }
         BaseLayer::Reader(layer) => Arc::clone(layer),
     };
-    let base = OpenedBase { layer, size: base.size, bottom, owner };
+    let base = OpenedBase { layer, size: base.size, description, owner };
     let mut opened = match overlay {
         _ if spec.mode == DiskMode::ReadOnly => over_read_only(spec, base),
         None => with_temporary_overlay(spec, base, context)?,
@@ -81,22 +81,22 @@ fn over_writable(
     spec: &DiskSpec,
     layer: &Arc<dyn WritableLayer>,
     size: u64,
-    bottom: Bottom,
+    description: BaseDescription,
     owner: DiskOwner,
     notes: Vec<String>,
 ) -> OpenedDisk {
     let bottom_layer = Arc::clone(layer) as Arc<dyn Layer>;
     let layers = LayerStack::new(Top::Base(Arc::clone(layer)), Vec::new(), Some(bottom_layer));
-    let path = bottom.path().unwrap_or(Path::new("")).display().to_string();
+    let path = description.path().unwrap_or(Path::new("")).display().to_string();
     let summary = format!("{}, writes go straight to '{path}'", format_size(size));
-    OpenedDisk { disk: Disk::new(spec, Uuid::new_v4(), layers, bottom, owner), summary, notes }
+    OpenedDisk { disk: Disk::new(spec, Uuid::new_v4(), layers, description, owner), summary, notes }
 }
 
 /// Makes a disk of a base that is only read (`mode=ro`).
 fn over_read_only(spec: &DiskSpec, base: OpenedBase) -> OpenedDisk {
-    let OpenedBase { layer, size, bottom, owner } = base;
+    let OpenedBase { layer, size, description, owner } = base;
     let layers = LayerStack::read_only(Vec::new(), Some(layer));
-    let disk = Disk::new(spec, Uuid::new_v4(), layers, bottom, owner);
+    let disk = Disk::new(spec, Uuid::new_v4(), layers, description, owner);
     let summary = format!("{}, read-only", format_size(size));
     OpenedDisk { disk, summary, notes: Vec::new() }
 }
@@ -107,7 +107,7 @@ fn with_temporary_overlay(
     base: OpenedBase,
     context: &OpenContext<'_>,
 ) -> Result<OpenedDisk, OpenError> {
-    let OpenedBase { layer, size: base_size, bottom, owner } = base;
+    let OpenedBase { layer, size: base_size, description, owner } = base;
     let dir = host::temporary_dir();
     let size = spec.size.unwrap_or(base_size);
     let block = spec.block.unwrap_or(DEFAULT_BLOCK_SIZE);
@@ -116,7 +116,7 @@ fn with_temporary_overlay(
         .map_err(|error| OpenError::Temporary { dir: dir.clone(), error })?;
     let notes = notes_on_overlay(&dir, context);
     let layers = overlay_layers(overlay, Vec::new(), &layer);
-    let mut disk = Disk::new(spec, Uuid::new_v4(), layers, bottom, owner);
+    let mut disk = Disk::new(spec, Uuid::new_v4(), layers, description, owner);
     let tree = LayerTree::single(Uuid::new_v4(), block);
     disk.overlay_location = OverlayLocation::temporary(tree, dir);
     disk.history = History::new((size, lower_limit), spec.limit);
@@ -138,8 +138,8 @@ fn with_overlay(
     let mut opened = open_persistent(spec, overlay, &base, context, layer_cache)?;
     let applied = apply_spec(spec, overlay.dir, &mut opened);
     let notes = notes_on_overlay(overlay.dir, context);
-    let OpenedBase { layer, bottom, .. } = base;
-    let opened = assemble_persistent(spec, opened, &layer, bottom, overlay.dir, notes);
+    let OpenedBase { layer, description, .. } = base;
+    let opened = assemble_persistent(spec, opened, &layer, description, overlay.dir, notes);
     applied.inspect_err(|_| opened.disk.abandon())?;
     Ok(opened)
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::disk::Disk;
 use crate::disk::attrs::DiskOwner;
-use crate::disk::bottom::Bottom;
+use crate::disk::base_description::BaseDescription;
 use crate::layer::Layer;
 
 /// An opened base that is only read, before its disk is made.
@@ -12,7 +12,7 @@ pub(super) struct OpenedBase {
     pub(super) layer: Arc<dyn Layer>,
     /// Size in bytes.
     pub(super) size: u64,
-    pub(super) bottom: Bottom,
+    pub(super) description: BaseDescription,
     /// The owner of a disk whose overlay records none.
     pub(super) owner: DiskOwner,
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use super::context::OpenContext;
 use crate::config::{DiskMode, DiskSpec};
 use crate::disk::attrs::DiskOwner;
-use crate::disk::bottom::Bottom;
+use crate::disk::base_description::BaseDescription;
 use crate::overlay::error::OverlayError;
 use crate::overlay::persist::OverlayDir;
 
@@ -13,11 +13,11 @@ use crate::overlay::persist::OverlayDir;
 /// readable by those who can read all files of the base.
 pub(super) fn initial_owner(
     spec: &DiskSpec,
-    bottom: &Bottom,
+    description: &BaseDescription,
     context: &OpenContext<'_>,
 ) -> DiskOwner {
     // A backing file may be more private than its image.
-    let modes = bottom.files().map(|file| file.metadata().map_or(0, |found| found.mode()));
+    let modes = description.files().map(|file| file.metadata().map_or(0, |found| found.mode()));
     let readable = modes.reduce(|all, mode| all & mode).unwrap_or(0) & 0o044;
     let perm = if spec.mode == DiskMode::ReadOnly { 0o400 } else { 0o600 } | readable;
     let perm = u16::try_from(perm).unwrap_or(0o600);

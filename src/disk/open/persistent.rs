@@ -14,7 +14,7 @@ use super::owner::adopt_owner;
 use crate::config::{DiskMode, DiskSpec, OverlayKind, format_size};
 use crate::disk::Disk;
 use crate::disk::attrs::{DiskOwner, Times, coarse_now, mtime_of};
-use crate::disk::bottom::Bottom;
+use crate::disk::base_description::BaseDescription;
 use crate::disk::history::History;
 use crate::disk::layers::{LayerStack, Top};
 use crate::disk::overlay_location::OverlayLocation;
@@ -27,10 +27,10 @@ use crate::overlay::recover::Recovered;
 use crate::overlay::stack::{LayerRecord, Stack};
 use crate::overlay::{DEFAULT_BLOCK_SIZE, MAX_DISK_SIZE, Overlay};
 
-/// Returns the stack of a new overlay with one layer over `bottom`.
+/// Returns the stack of a new overlay with one layer over the base of `description`.
 pub(in crate::disk) fn new_stack(
     uuid: Uuid,
-    bottom: &Bottom,
+    description: &BaseDescription,
     owner: DiskOwner,
     block: u32,
 ) -> Result<Stack, OpenError> {
@@ -41,7 +41,7 @@ pub(in crate::disk) fn new_stack(
         gid: owner.gid,
         perm: owner.perm,
         kind: OverlayKind::Blocks,
-        base: bottom.to_record()?,
+        base: description.to_record()?,
         layers: vec![LayerRecord { uuid: Uuid::new_v4(), block, parent: None }],
         snapshots: Vec::new(),
     })
@@ -71,11 +71,11 @@ pub(super) fn open_persistent(
     context: &OpenContext<'_>,
     layer_cache: &LayerCache,
 ) -> Result<OpenedOverlay, OpenError> {
-    let (dir, bottom) = (overlay.dir, &base.bottom);
+    let (dir, description) = (overlay.dir, &base.description);
     if !persist::exists(dir).map_err(OpenError::overlay(dir))? {
         let size = spec.size.unwrap_or(base.size).min(MAX_DISK_SIZE);
         let block = spec.block.unwrap_or(DEFAULT_BLOCK_SIZE);
-        let stack = new_stack(uuid_for(overlay), bottom, base.owner, block)?;
+        let stack = new_stack(uuid_for(overlay), description, base.owner, block)?;
         let map = &LayerMap::new(size, size.min(base.size));
         let new = NewOverlay { stack, map, limit: spec.limit };
         return persist::create(overlay, new).map_err(OpenError::overlay(dir));
@@ -87,12 +87,12 @@ pub(super) fn open_persistent(
     // During an interrupted commit the recorded base has neither its old nor its new contents: the
     // commit has to be finished first.
     let is_changed =
-        matches!(find_mismatch(&found.stack.base, bottom)?, Some(BaseMismatch::Changed(_)));
+        matches!(find_mismatch(&found.stack.base, description)?, Some(BaseMismatch::Changed(_)));
     if !is_changed
-        || !bottom.is_recorded_file(&found.stack.base)?
+        || !description.is_recorded_file(&found.stack.base)?
         || !found.is_committing().map_err(OpenError::overlay(dir))?
     {
-        check_base(dir, &found.stack.base, bottom, context)?;
+        check_base(dir, &found.stack.base, description, context)?;
     }
     if overlay.layers.is_none() {
         found.remove_all_unused();
@@ -149,7 +149,7 @@ pub(super) fn assemble_persistent(
     spec: &DiskSpec,
     opened: OpenedOverlay,
     base: &Arc<dyn Layer>,
-    bottom: Bottom,
+    description: BaseDescription,
     dir: &Path,
     mut notes: Vec<String>,
 ) -> OpenedDisk {
@@ -178,7 +178,7 @@ pub(super) fn assemble_persistent(
         );
     }
     let size = spec.size.unwrap_or(base.size());
-    let mut disk = Disk::new(spec, uuid, layers, bottom, owner);
+    let mut disk = Disk::new(spec, uuid, layers, description, owner);
     disk.history = History::new((size, size.min(base.size())), spec.limit);
     disk.history.locking = Some(spec.locking);
     disk.history.set_sealed(&chain, &below, snapshot_layers);

@@ -16,7 +16,7 @@ use crate::base::formats::BaseFormat;
 use crate::config::{DirectIo, DiskMode, DiskSpec, OverlayKind, format_size};
 use crate::disk::Disk;
 use crate::disk::attrs::{DiskOwner, Times, mtime_of};
-use crate::disk::bottom::Bottom;
+use crate::disk::base_description::BaseDescription;
 use crate::disk::layers::{LayerStack, Top};
 use crate::disk::overlay_location::OverlayLocation;
 use crate::layer::Layer;
@@ -51,11 +51,11 @@ pub(super) fn open(
             "is a reflink copy, whose bytes the kernel reads and writes itself: leave out direct";
         return Err(OpenError::Mismatch { dir: dir.to_owned(), why: why.to_owned() });
     }
-    let OpenedBase { layer: base, bottom, owner, .. } = base;
+    let OpenedBase { layer: base, description, owner, .. } = base;
     let kind = reflink::overlay_kind(dir).map_err(OpenError::overlay(dir))?;
     let (opened, recovered) = match kind {
-        None => (create(spec, dir, &bottom, owner)?, Recovered::New),
-        Some(_) => (open_existing(spec, dir, &bottom, context)?, Recovered::Clean),
+        None => (create(spec, dir, &description, owner)?, Recovered::New),
+        Some(_) => (open_existing(spec, dir, &description, context)?, Recovered::Clean),
     };
     let OpenedReflink { layer, dir: overlay_dir, finished } = opened;
     let mut notes = Vec::from_iter(finished.map(|of| format!("the interrupted {of} is finished")));
@@ -74,7 +74,7 @@ pub(super) fn open(
     // The base is never read: the layer above answers every request. The base stays open for its
     // locks.
     let layers = LayerStack::new(Top::Reflink(layer), Vec::new(), Some(base));
-    let mut disk = Disk::new(spec, stack.uuid, layers, bottom, owner);
+    let mut disk = Disk::new(spec, stack.uuid, layers, description, owner);
     if let Some(found) = written {
         disk.attrs.times = Times::new(mtime_of(&found), false, None);
     }
@@ -96,28 +96,32 @@ fn reflink_error(dir: &Path) -> impl Fn(ReflinkError) -> OpenError {
 }
 
 /// Returns the base as a source of shared blocks; refuses a base without blocks to share.
-fn reflink_source(bottom: &Bottom) -> Result<SharedBase<'_>, ReflinkError> {
-    match bottom {
-        Bottom::File { format, .. } if !BaseFormat::of(*format).is_plain() => {
+fn reflink_source(description: &BaseDescription) -> Result<SharedBase<'_>, ReflinkError> {
+    match description {
+        BaseDescription::File { format, .. } if !BaseFormat::of(*format).is_plain() => {
             Err(ReflinkError::Base(format!("a {format} image")))
         }
-        Bottom::File { view: Some(_), .. } => Err(ReflinkError::Base("a part of one".to_owned())),
-        Bottom::File { path, file, .. } if file.metadata().is_ok_and(|found| found.is_file()) => {
+        BaseDescription::File { view: Some(_), .. } => {
+            Err(ReflinkError::Base("a part of one".to_owned()))
+        }
+        BaseDescription::File { path, file, .. }
+            if file.metadata().is_ok_and(|found| found.is_file()) =>
+        {
             Ok(SharedBase { path, file })
         }
-        Bottom::File { .. } => Err(ReflinkError::Base("a block device".to_owned())),
-        Bottom::Blank(_) => Err(ReflinkError::Base("blank".to_owned())),
+        BaseDescription::File { .. } => Err(ReflinkError::Base("a block device".to_owned())),
+        BaseDescription::Blank(_) => Err(ReflinkError::Base("blank".to_owned())),
     }
 }
 
 fn create(
     spec: &DiskSpec,
     dir: &Path,
-    bottom: &Bottom,
+    description: &BaseDescription,
     owner: DiskOwner,
 ) -> Result<OpenedReflink, OpenError> {
-    let base = reflink_source(bottom).map_err(reflink_error(dir))?;
-    let mut stack = new_stack(Uuid::new_v4(), bottom, owner, DEFAULT_BLOCK_SIZE)?;
+    let base = reflink_source(description).map_err(reflink_error(dir))?;
+    let mut stack = new_stack(Uuid::new_v4(), description, owner, DEFAULT_BLOCK_SIZE)?;
     stack.kind = OverlayKind::Reflink;
     stack.layers.clear();
     let size = spec.size.map(|size| size.min(MAX_DISK_SIZE));
@@ -127,13 +131,13 @@ fn create(
 fn open_existing(
     spec: &DiskSpec,
     dir: &Path,
-    bottom: &Bottom,
+    description: &BaseDescription,
     context: &OpenContext<'_>,
 ) -> Result<OpenedReflink, OpenError> {
     let found = reflink::lock_overlay(dir).map_err(reflink_error(dir))?;
-    check_base(dir, &found.stack().base, bottom, context)?;
+    check_base(dir, &found.stack().base, description, context)?;
     check_keys(spec, dir)?;
-    let base = reflink_source(bottom).map_err(reflink_error(dir))?;
+    let base = reflink_source(description).map_err(reflink_error(dir))?;
     let mut opened = found.open(base.file).map_err(reflink_error(dir))?;
     if let Some(why) = size_mismatch(spec, opened.layer.size()) {
         return Err(OpenError::Mismatch { dir: dir.to_owned(), why });

@@ -14,7 +14,7 @@ use crate::base::{self, BaseAccess, BaseError, BaseOptions};
 use crate::config::{DiskSource, DiskSpec};
 use crate::disk::Disk;
 use crate::disk::attrs::DiskOwner;
-use crate::disk::bottom::Bottom;
+use crate::disk::base_description::BaseDescription;
 use crate::disk::history::FrozenLayer;
 use crate::disk::operation_error::OperationError;
 use crate::layer::Layer;
@@ -93,7 +93,7 @@ pub fn create_blank(
     overlay: OverlayPath<'_>,
     owner: DiskOwner,
 ) -> Result<OpenedDisk, OpenError> {
-    let stack = new_stack(uuid, &Bottom::Blank(0), owner, DEFAULT_BLOCK_SIZE)?;
+    let stack = new_stack(uuid, &BaseDescription::Blank(0), owner, DEFAULT_BLOCK_SIZE)?;
     let new = NewOverlay { stack, map: &LayerMap::new(0, 0), limit: None };
     let opened = persist::create(overlay, new).map_err(OpenError::overlay(overlay.dir))?;
     Ok(assemble_stored(name, 0, opened, overlay.dir))
@@ -102,7 +102,7 @@ pub fn create_blank(
 fn assemble_stored(name: &str, size: u64, opened: OpenedOverlay, dir: &Path) -> OpenedDisk {
     let spec = DiskSpec::new(name.to_owned(), DiskSource::Blank(size));
     let base: Arc<dyn Layer> = Arc::new(base::blank::Blank::new(size));
-    assemble_persistent(&spec, opened, &base, Bottom::Blank(size), dir, Vec::new())
+    assemble_persistent(&spec, opened, &base, BaseDescription::Blank(size), dir, Vec::new())
 }
 
 /// Creates a disk in a store with the current contents of `from`, another disk of the store.
@@ -123,7 +123,7 @@ pub fn clone_stored(
     let FrozenLayer { layer, size, stack: old } = from.freeze().map_err(refused)?;
     let mut spec = spec_over(name, &old.base).map_err(OpenError::overlay(overlay.dir))?;
     spec.direct = from.direct;
-    let bottom = from.bottom();
+    let description = from.described_base();
     let options = BaseOptions {
         format: spec.format,
         part: spec.part,
@@ -131,11 +131,11 @@ pub fn clone_stored(
         locking: spec.locking,
         passthrough: spec.passthrough,
         direct: spec.direct,
-        allow_backing: bottom.allow_backing(),
+        allow_backing: description.allow_backing(),
     };
     let base = base::open(&spec.source, options)?;
     // The path was opened again, and may lead to another file by now.
-    if !bottom.is_same_files(&base) {
+    if !description.is_same_files(&base) {
         let line =
             "another file is in the place of its base, or of one that this needs: put it back";
         return Err(OpenError::NothingToKeep(line.to_owned()));
@@ -161,9 +161,16 @@ pub fn clone_stored(
             .map_err(OpenError::overlay(overlay.dir))?;
         created.below.push(layer);
     }
-    let bottom = Bottom::of(&base, options);
+    let description = BaseDescription::of(&base, options);
     complete(
         &spec,
-        assemble_persistent(&spec, created, &base.layer.reader(), bottom, overlay.dir, Vec::new()),
+        assemble_persistent(
+            &spec,
+            created,
+            &base.layer.reader(),
+            description,
+            overlay.dir,
+            Vec::new(),
+        ),
     )
 }

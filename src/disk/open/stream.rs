@@ -14,7 +14,7 @@ use crate::config::{
     format_size,
 };
 use crate::disk::Disk;
-use crate::disk::bottom::Bottom;
+use crate::disk::base_description::BaseDescription;
 use crate::disk::layers::{LayerStack, Top};
 use crate::host::temporary_dir;
 use crate::layer::{Layer, WritableLayer};
@@ -59,9 +59,9 @@ pub(super) fn open(
             start_input(&spec.name, stream, (source, *spool), &streams, stop)?
         }
     };
-    let bottom = Bottom::Blank(stream.size);
-    let owner = initial_owner(&spec, &bottom, context);
-    let mut disk = Disk::new(&spec, Uuid::new_v4(), layers, bottom, owner);
+    let description = BaseDescription::Blank(stream.size);
+    let owner = initial_owner(&spec, &description, context);
+    let mut disk = Disk::new(&spec, Uuid::new_v4(), layers, description, owner);
     disk.source = started.describe();
     disk.stream = Some(started);
     Ok(OpenedDisk { disk, summary, notes: Vec::new() })

@@ -1,4 +1,4 @@
-//! The bottom of a disk as its overlay records it: the files and the part of them, or zeros.
+//! The base of a disk as its overlay records it: the files and the part of them, or zeros.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -27,9 +27,9 @@ pub(super) fn identity_of(path: &Path, file: &File) -> Result<Identity, Unreadab
     Identity::of(file).map_err(|error| UnreadableBase { path: path.to_owned(), error })
 }
 
-/// The bottom of a disk, as its overlay records it. The layer that reads it is the `bottom` of a
+/// The base of a disk, as its overlay records it. The layer that reads it is the `bottom` of a
 /// [`LayerStack`](super::layers::LayerStack); the file of a snapshot has that layer, and `Blank` here.
-pub(super) enum Bottom {
+pub(super) enum BaseDescription {
     /// A file or block device.
     File {
         path: PathBuf,
@@ -53,7 +53,7 @@ pub(super) fn grain_at(start: u64, unit: u32) -> u32 {
     if start == 0 { unit.max(512) } else { unit.min(start).max(512) }
 }
 
-impl Bottom {
+impl BaseDescription {
     /// Describes `base`, which was opened with `options`.
     pub(super) fn of(base: &Base, options: BaseOptions<'_>) -> Self {
         match (&base.path, &base.file) {
@@ -77,7 +77,7 @@ impl Bottom {
         grain_at(start, u32::try_from(unit).unwrap_or(u32::MAX))
     }
 
-    /// Returns the record of this bottom for an overlay's `stack`.
+    /// Returns the record of this base for an overlay's `stack`.
     ///
     /// # Errors
     /// [`UnreadableBase`] when a file's identity cannot be read.
@@ -137,7 +137,7 @@ impl Bottom {
         self.files().map(id).eq(others.map(id))
     }
 
-    /// All files that the bottom is read from.
+    /// All files that the base is read from.
     pub(super) fn files(&self) -> impl Iterator<Item = &File> {
         let (file, needs) = match self {
             Self::File { file, needs, .. } => (Some(file), needs.as_slice()),
