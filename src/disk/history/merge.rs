@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use uuid::Uuid;
 
-use super::new_top::NewTop;
+use super::new_layer::NewLayer;
 use super::state::LayerUsers;
 use crate::disk::Disk;
 use crate::disk::operation::Operation;
@@ -157,7 +157,7 @@ impl Disk {
         lower: Uuid,
         both: &Sealed,
         operation: &Operation<'_>,
-    ) -> Result<NewTop, OperationError> {
+    ) -> Result<NewLayer, OperationError> {
         let (Some(record), Some(bottom)) = (tree.layer(lower), both.layers().last()) else {
             return Err(OperationError::NoOverlay("layers"));
         };
@@ -193,7 +193,7 @@ impl Disk {
         &self,
         operation: &Operation<'_>,
         lower: Uuid,
-        mut new: NewTop,
+        mut new: NewLayer,
     ) -> Result<(), OperationError> {
         let absorb = |layer: Arc<Overlay>| -> Result<(), OperationError> {
             let layer = Sealed::new(vec![layer]).ok_or(OperationError::NoOverlay("layers"))?;

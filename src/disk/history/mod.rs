@@ -6,7 +6,7 @@
 
 mod diff;
 mod merge;
-mod new_top;
+mod new_layer;
 mod snapshots;
 mod state;
 
@@ -16,7 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
 
 pub use self::diff::{DiffBase, Difference};
-use self::new_top::TopParent;
+use self::new_layer::TopParent;
 use self::snapshots::snapshot_uuid;
 pub use self::snapshots::{LayerUsage, SnapshotInfo};
 pub(super) use self::state::History;

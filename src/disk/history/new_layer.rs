@@ -32,7 +32,7 @@ pub(super) enum TopParent {
 }
 
 /// A layer that was built and is in no tree yet: a new top, or one that two layers were merged into.
-pub(super) struct NewTop {
+pub(super) struct NewLayer {
     pub(super) uuid: Uuid,
     pub(super) overlay: Overlay,
     lock: Option<File>,
@@ -74,7 +74,7 @@ impl Disk {
         parent: Option<Uuid>,
         map: &LayerMap,
         limit: Option<u64>,
-    ) -> Result<NewTop, OperationError> {
+    ) -> Result<NewLayer, OperationError> {
         let uuid = Uuid::new_v4();
         let block = tree.top().map_or(crate::overlay::DEFAULT_BLOCK_SIZE, |top| top.block);
         let record = LayerRecord { uuid, block, parent };
@@ -93,7 +93,7 @@ impl Disk {
             self.remove_layer(uuid);
             return Err(OperationError::io("opening a layer past the host's cache")(error));
         }
-        Ok(NewTop { uuid, overlay, lock })
+        Ok(NewLayer { uuid, overlay, lock })
     }
 
     /// Removes a layer that is not part of the stack.
@@ -201,11 +201,11 @@ impl Disk {
     pub(super) fn install_top(
         &self,
         next: &LayerTree,
-        new: NewTop,
+        new: NewLayer,
         below: Vec<Arc<Overlay>>,
     ) -> Result<(), OperationError> {
         let layers = self.layers();
-        let NewTop { overlay, lock, .. } = new;
+        let NewLayer { overlay, lock, .. } = new;
         overlay.set_lower_layers(&self.layers_to_sync(next, &below));
         if let Some(old) = layers.top.overlay() {
             overlay.continue_revision(old);
