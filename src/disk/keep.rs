@@ -13,7 +13,7 @@ use crate::stream::output::DrainTimeout;
 
 #[allow(clippy::needless_pass_by_value)] // For `map_err`.
 fn refused(why: impl ToString) -> OpenError {
-    OpenError::NothingToKeep(why.to_string())
+    OpenError::Refused(why.to_string())
 }
 
 impl Disk {

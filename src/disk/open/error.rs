@@ -62,9 +62,9 @@ pub enum OpenError {
     /// The partitions cannot be shown.
     #[error(transparent)]
     Partitions(#[from] ShowPartitionsError),
-    /// The disk has nothing to keep, or cannot be kept or cloned now.
+    /// The disk cannot be kept or cloned, or not now: why, and the remedy.
     #[error("{0}")]
-    NothingToKeep(String),
+    Refused(String),
 }
 
 impl OpenError {

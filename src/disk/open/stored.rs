@@ -115,7 +115,7 @@ pub fn clone_stored(
     overlay: OverlayPath<'_>,
     layer_cache: &Arc<LayerCache>,
 ) -> Result<OpenedDisk, OpenError> {
-    let refused = |error: OperationError| OpenError::NothingToKeep(error.to_string());
+    let refused = |error: OperationError| OpenError::Refused(error.to_string());
     let _operation = from.operations.begin("a clone").map_err(refused)?;
     if from.is_latched() {
         return Err(refused(OperationError::Latched));
@@ -138,7 +138,7 @@ pub fn clone_stored(
     if !description.is_same_files(&base) {
         let line =
             "another file is in the place of its base, or of one that this needs: put it back";
-        return Err(OpenError::NothingToKeep(line.to_owned()));
+        return Err(OpenError::Refused(line.to_owned()));
     }
     let mut tree = LayerTree { layers: old.tree().chain(layer), snapshots: Vec::new() };
     tree.layers.reverse();
@@ -150,7 +150,7 @@ pub fn clone_stored(
     let layers_locked = layer_cache.lock_changes();
     if !from.overlay_location.is_on_disk() {
         // The sealed layers may have been removed with the overlay.
-        return Err(OpenError::NothingToKeep("it was removed meanwhile".to_owned()));
+        return Err(OpenError::Refused("it was removed meanwhile".to_owned()));
     }
     let mut created = persist::create(overlay, new).map_err(OpenError::overlay(overlay.dir))?;
     drop(layers_locked);
