@@ -44,7 +44,7 @@ impl Disk {
     /// the host fails; the disk is unchanged then.
     pub fn keep(&self, path: OverlayPath<'_>) -> Result<(), OpenError> {
         self.references
-            .run_long_operation(|| self.keep_at(path))
+            .with_deadlines_suspended(|| self.keep_at(path))
             .unwrap_or_else(|| Err(refused("the disk is being removed")))
     }
 

@@ -316,8 +316,8 @@ impl Disk {
     /// Whether an operation of unbounded length holds the gate: requests then wait without a
     /// deadline.
     #[must_use]
-    pub fn in_long_operation(&self) -> bool {
-        self.references.in_long_operation()
+    pub fn deadlines_suspended(&self) -> bool {
+        self.references.deadlines_suspended()
     }
 
     /// Marks the disk as being removed: from then on it cannot be opened.

@@ -41,7 +41,7 @@ pub(super) struct References {
     is_retired: AtomicBool,
     /// Set while an operation of unbounded length (`keep`) holds the gate: requests then wait without
     /// a deadline.
-    in_long_operation: AtomicBool,
+    deadlines_suspended: AtomicBool,
 }
 
 impl References {
@@ -126,7 +126,7 @@ impl References {
     /// [`InUse`] when the disk is in use; the mark is gone then.
     pub(super) fn retire(&self, handle_count: impl FnOnce() -> u32) -> Result<(), InUse> {
         self.is_retired.store(true, Ordering::SeqCst);
-        let used = match (handle_count(), self.in_long_operation()) {
+        let used = match (handle_count(), self.deadlines_suspended()) {
             (0, false) => return Ok(()),
             (0, true) => InUse::Busy,
             _ => InUse::Open,
@@ -135,19 +135,19 @@ impl References {
         Err(used)
     }
 
-    /// Whether an operation of unbounded length holds the gate.
-    pub(super) fn in_long_operation(&self) -> bool {
-        self.in_long_operation.load(Ordering::SeqCst)
+    /// Whether requests wait without a deadline, for an operation of unbounded length.
+    pub(super) fn deadlines_suspended(&self) -> bool {
+        self.deadlines_suspended.load(Ordering::SeqCst)
     }
 
-    /// Runs `operation`, which may hold the gate for any length of time; returns `None` once the
-    /// disk is being removed.
-    pub(super) fn run_long_operation<T>(&self, operation: impl FnOnce() -> T) -> Option<T> {
-        self.in_long_operation.store(true, Ordering::SeqCst);
+    /// Runs `operation`, which may hold the gate for any length of time: requests wait for it without
+    /// a deadline. Returns `None` once the disk is being removed.
+    pub(super) fn with_deadlines_suspended<T>(&self, operation: impl FnOnce() -> T) -> Option<T> {
+        self.deadlines_suspended.store(true, Ordering::SeqCst);
         // Marked before the check: either this call sees the mark of `retire`, or `retire` sees
         // this one.
         let done = (!self.is_retired.load(Ordering::SeqCst)).then(operation);
-        self.in_long_operation.store(false, Ordering::SeqCst);
+        self.deadlines_suspended.store(false, Ordering::SeqCst);
         done
     }
 }
@@ -187,10 +187,10 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_with_an_operation_does_not_retire() {
+    fn a_disk_with_suspended_deadlines_does_not_retire() {
         let references = References::default();
         let retire = || references.retire(|| references.handle_count());
-        references.run_long_operation(|| {
+        references.with_deadlines_suspended(|| {
             assert_eq!(retire(), Err(InUse::Busy));
             references.open(HandleAccess::Write).unwrap();
             assert_eq!(retire(), Err(InUse::Open));
@@ -199,6 +199,6 @@ mod tests {
         assert_eq!(retire(), Ok(()));
         let refused = references.open(HandleAccess::Read).unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(libc::ESTALE));
-        assert_eq!(references.run_long_operation(|| ()), None);
+        assert_eq!(references.with_deadlines_suspended(|| ()), None);
     }
 }

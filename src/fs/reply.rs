@@ -169,7 +169,7 @@ impl Deadlines {
         }
         for mut request in due {
             // A long operation of this daemon may hold the disk, which is not the base's fault.
-            let is_ours = request.disk.in_long_operation();
+            let is_ours = request.disk.deadlines_suspended();
             match if is_ours { Expiry::Held } else { request.reply.expire() } {
                 Expiry::Replied => {}
                 Expiry::Held => {
