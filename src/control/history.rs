@@ -187,7 +187,7 @@ impl Control {
     }
 
     /// Reverts the disk to `snapshot`, or resets it to its base.
-    pub(super) fn restore(
+    pub(super) fn revert_or_reset(
         &self,
         name: &str,
         disk: &Disk,

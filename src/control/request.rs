@@ -101,9 +101,9 @@ impl Control {
                 self.delete_snapshot(&name, &entry, &snapshot)
             }
             DiskRequest::Revert { name: snapshot, force } => {
-                self.restore(&name, disk, Some(&snapshot), force.into())
+                self.revert_or_reset(&name, disk, Some(&snapshot), force.into())
             }
-            DiskRequest::Reset { force } => self.restore(&name, disk, None, force.into()),
+            DiskRequest::Reset { force } => self.revert_or_reset(&name, disk, None, force.into()),
             DiskRequest::Clone { name: new } => self.clone_disk(&name, &entry, &new),
             DiskRequest::Commit { force } => {
                 self.drop_cached_pages(disk);
