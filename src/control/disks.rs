@@ -1,5 +1,4 @@
-//! Adding and removing disks while the mount exists, and what the kernel has to forget then (also
-//! after a revert, a reset or the deletion of a snapshot).
+//! Adding and removing disks while the mount exists.
 //!
 //! ```text
 //!   add:     parse -> open as `mount` does -> write holder -> catalog             else: abandon
@@ -13,13 +12,12 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
 use super::api::{Answer, Lines, Outcome, Refusal};
-use super::{Control, matches_inode, unmount_summary};
+use super::{Control, Invalidation, matches_inode, unmount_summary};
 use crate::catalog::{CatalogEntry, DiskOrigin};
 use crate::config::{DiskSpec, check_cache, parse_disk};
 use crate::disk::{self, Disk, InUse, OpenContext, OpenedDisk, split_name};
@@ -29,35 +27,6 @@ use crate::stream::output::{DrainTimeout, OutputState};
 use crate::stream::sink::StdioMode;
 use crate::stream::{Stream, UnmountPolicy};
 
-/// State that the kernel may have cached and that is stale.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Invalidation {
-    /// A disk has left the mount.
-    Disk {
-        /// The mounted file and the files of its partitions, each with its inode number.
-        files: Vec<(String, u64)>,
-    },
-    /// A disk's contents have changed.
-    Bytes {
-        /// The inode numbers of the mounted file and of its partitions.
-        inos: Vec<u64>,
-    },
-    /// A name is gone, that of a deleted snapshot: its cached entry leads to no file.
-    Name {
-        /// The inode number of the directory.
-        parent: u64,
-        /// The name.
-        name: String,
-    },
-}
-
-/// A function that makes the kernel forget stale state. A call may wait for requests in progress, so a
-/// thread of the disk's `pools.notify` makes it.
-pub type Invalidator = Arc<dyn Fn(&Invalidation) + Send + Sync>;
-
-/// Time limit for an invalidation. Names and attributes in the kernel's cache expire after a second
-/// anyway; its pages of a file go once the invalidation is done.
-const INVALIDATE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time limit for requests in progress when a disk is removed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -212,22 +181,6 @@ impl Control {
             }
             _ => Ok(()),
         }
-    }
-
-    /// Makes the kernel forget the `stale` state of a disk and waits for that: it must not be
-    /// visible once the request has been answered.
-    pub(super) fn wait_for_invalidation(&self, disk: &Disk, stale: Invalidation) {
-        let Some(invalidate) = self.invalidator.get().map(Arc::clone) else {
-            return;
-        };
-        let (ended, end) = mpsc::channel();
-        disk.pools.notify.run(Box::new(move || {
-            invalidate(&stale);
-            // The receiver may have timed out.
-            let _ = ended.send(());
-        }));
-        // The kernel may be waiting for this very thread, so the wait is bounded.
-        let _ = end.recv_timeout(INVALIDATE_TIMEOUT);
     }
 }
 

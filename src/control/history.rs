@@ -246,11 +246,4 @@ impl Control {
         clone.write_holder(&self.holder());
         log_and_answer(format!("{new}: cloned from {name}"))
     }
-
-    /// Makes the kernel write back and drop its pages of a disk. The kernel keeps pages even of a
-    /// disk that is not open.
-    pub(super) fn drop_cached_pages(&self, disk: &Disk) {
-        let inos = disk.files_showing(0..u64::MAX).map(|(ino, _)| ino).collect();
-        self.wait_for_invalidation(disk, Invalidation::Bytes { inos });
-    }
 }

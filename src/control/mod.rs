@@ -19,6 +19,7 @@
 pub(crate) mod api;
 mod disks;
 mod history;
+mod invalidation;
 mod map;
 mod node;
 mod request;
@@ -30,7 +31,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde::Serialize;
 
-pub use self::disks::{Invalidation, Invalidator};
+pub use self::invalidation::{Invalidation, Invalidator};
 pub use self::map::MapText;
 pub use self::node::ControlNode;
 pub use self::request::is_valid_request;
