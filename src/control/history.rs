@@ -5,10 +5,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::api::{
-    Answer, DiffBaseRecord, DifferenceFiles, HydrateAction, Line, Outcome, Refusal, SnapshotList,
+    Answer, DiffBaseRecord, DifferenceFiles, HydrateAction, Outcome, Refusal, SnapshotList,
     SnapshotRecord, UsageStatus,
 };
-use super::{Control, ControlNode, Invalidation};
+use super::{Control, ControlNode, Invalidation, log_and_answer};
 use crate::catalog::CatalogEntry;
 use crate::config::{format_size, format_zeroed};
 use crate::disk::{
@@ -16,27 +16,10 @@ use crate::disk::{
     SnapshotInfo,
 };
 
-/// Answers with a line.
-pub(super) fn answer_line(line: String) -> Answer {
-    Ok(Outcome::Line(Line { line: Some(line) }))
-}
-
-/// Logs and answers in one line what was done.
-pub(super) fn log_and_answer(line: String) -> Answer {
-    log::info!("{line}");
-    answer_line(line)
-}
-
 /// Converts the failure of an operation on the disk `name`. Open writers are worth another try.
 fn refuse_operation(name: &str, error: &OperationError) -> Refusal {
     let is_busy = matches!(error, OperationError::Writers);
     Refusal::new(format!("{name}: {error}")).with_busy(is_busy)
-}
-
-impl From<bool> for Force {
-    fn from(force: bool) -> Self {
-        if force { Self::Yes } else { Self::No }
-    }
 }
 
 /// Lists the snapshots of a disk.

@@ -31,6 +31,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde::Serialize;
 
+use self::api::{Answer, Line, Outcome};
 pub use self::invalidation::{Invalidation, Invalidator};
 pub use self::map::MapText;
 pub use self::node::ControlNode;
@@ -81,4 +82,15 @@ fn json_line(value: &impl Serialize) -> Vec<u8> {
     });
     text.push(b'\n');
     text
+}
+
+/// Answers with a line.
+fn answer_line(line: String) -> Answer {
+    Ok(Outcome::Line(Line { line: Some(line) }))
+}
+
+/// Logs and answers in one line what was done.
+fn log_and_answer(line: String) -> Answer {
+    log::info!("{line}");
+    answer_line(line)
 }

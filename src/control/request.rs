@@ -6,14 +6,13 @@ use std::sync::Arc;
 use super::api::{
     Answer, DiskRequest, Lines, MountRequest, Outcome, Progress, Refusal, parse_disk_request,
 };
-use super::history::{answer_line, log_and_answer};
 use super::node::ControlNode;
 use super::session::ProgressFn;
-use super::{Control, history};
+use super::{Control, answer_line, history, log_and_answer};
 use crate::base::self_reference;
 use crate::catalog::CatalogEntry;
 use crate::config::{format_size, format_zeroed};
-use crate::disk::{Disk, OverlayDirState, PrefetchMode};
+use crate::disk::{Disk, Force, OverlayDirState, PrefetchMode};
 use crate::overlay::Usage;
 use crate::overlay::persist::{self, OverlayPath};
 use crate::stream::output::{DrainTimeout, FinishError};
@@ -30,6 +29,12 @@ pub(super) fn matches_inode(disk: &Disk, inode: Option<u64>) -> bool {
 #[must_use]
 pub fn is_valid_request(request: &[u8]) -> bool {
     serde_json::from_slice::<MountRequest>(request).is_ok() || parse_disk_request(request).is_ok()
+}
+
+impl From<bool> for Force {
+    fn from(force: bool) -> Self {
+        if force { Self::Yes } else { Self::No }
+    }
 }
 
 impl Control {
