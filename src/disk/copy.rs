@@ -143,7 +143,7 @@ impl Disk {
         let copied = match &layers.top {
             Top::Overlay(overlay) => copy_to_overlay(overlay, offset..end, source, &from),
             Top::Reflink(reflink) => copy_to_reflink(reflink, offset..end, source, &from),
-            Top::Base(_) | Top::Nothing => return Ok(0),
+            Top::Writable(_) | Top::Nothing => return Ok(0),
         };
         if copied.is_ok() {
             self.touch_times(&layers.top);

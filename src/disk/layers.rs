@@ -27,7 +27,7 @@ pub(super) enum Top {
     /// A file that shares its blocks with the base (reflink).
     Reflink(Arc<Reflink>),
     /// The base itself (`mode=rw`), or an output stream.
-    Base(Arc<dyn WritableLayer>),
+    Writable(Arc<dyn WritableLayer>),
     /// No layer: the disk is read-only (`mode=ro`).
     Nothing,
 }
@@ -37,7 +37,7 @@ impl Top {
     pub(super) fn overlay(&self) -> Option<&Arc<Overlay>> {
         match self {
             Self::Overlay(overlay) => Some(overlay),
-            Self::Reflink(_) | Self::Base(_) | Self::Nothing => None,
+            Self::Reflink(_) | Self::Writable(_) | Self::Nothing => None,
         }
     }
 
@@ -45,7 +45,7 @@ impl Top {
     pub(super) fn reflink(&self) -> Option<&Arc<Reflink>> {
         match self {
             Self::Reflink(reflink) => Some(reflink),
-            Self::Overlay(_) | Self::Base(_) | Self::Nothing => None,
+            Self::Overlay(_) | Self::Writable(_) | Self::Nothing => None,
         }
     }
 
@@ -54,7 +54,7 @@ impl Top {
         match self {
             Self::Overlay(overlay) => Some(&**overlay),
             Self::Reflink(reflink) => Some(&**reflink),
-            Self::Base(base) => Some(&**base),
+            Self::Writable(layer) => Some(&**layer),
             Self::Nothing => None,
         }
     }
@@ -73,7 +73,7 @@ impl Top {
             Self::Nothing => true,
             Self::Overlay(overlay) => overlay.is_quick_to_sync(),
             // Others may have written to these files.
-            Self::Reflink(_) | Self::Base(_) => false,
+            Self::Reflink(_) | Self::Writable(_) => false,
         }
     }
 
@@ -83,7 +83,7 @@ impl Top {
             Self::Overlay(overlay) => Some(overlay.revision()),
             Self::Nothing => Some(0),
             // Others may change these files.
-            Self::Reflink(_) | Self::Base(_) => None,
+            Self::Reflink(_) | Self::Writable(_) => None,
         }
     }
 
@@ -92,7 +92,7 @@ impl Top {
         match self {
             Self::Overlay(overlay) => overlay.data_file(),
             Self::Reflink(reflink) => reflink.data().try_clone().ok(),
-            Self::Base(_) | Self::Nothing => None,
+            Self::Writable(_) | Self::Nothing => None,
         }
     }
 
@@ -108,7 +108,7 @@ pub(super) struct LayerStack {
     pub(super) top: Top,
     /// The sealed layers below the top.
     pub(super) sealed: Option<Arc<Sealed>>,
-    /// The base below all other layers; with [`Top::Base`] the top itself.
+    /// The base below all other layers; with [`Top::Writable`] the top itself.
     pub(super) bottom: Option<Arc<dyn Layer>>,
     /// All layers from top to bottom, including `top` unless that is [`Top::Nothing`].
     all: Vec<Arc<dyn Layer>>,
@@ -121,7 +121,7 @@ impl LayerStack {
         let first = match &top {
             Top::Overlay(overlay) => Some(Arc::clone(overlay) as Arc<dyn Layer>),
             Top::Reflink(reflink) => Some(Arc::clone(reflink) as Arc<dyn Layer>),
-            Top::Base(_) | Top::Nothing => None,
+            Top::Writable(_) | Top::Nothing => None,
         };
         let middle = sealed.clone().map(|sealed| sealed as Arc<dyn Layer>);
         let all = first.into_iter().chain(middle).chain(bottom.clone()).collect();

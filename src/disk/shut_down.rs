@@ -78,7 +78,7 @@ impl Disk {
         let closed = match &layers.top {
             Top::Overlay(overlay) if is_alone => self.close_overlay(overlay),
             // The end of the stream was reported when it was finished or aborted.
-            Top::Base(_) if self.stream().is_some() => Ok(()),
+            Top::Writable(_) if self.stream().is_some() => Ok(()),
             top => top.sync(),
         };
         match overlay_dir {
@@ -106,7 +106,7 @@ impl LayerStack {
         match &self.top {
             Top::Overlay(overlay) => Arc::strong_count(overlay) == 2,
             Top::Reflink(reflink) => Arc::strong_count(reflink) == 2,
-            Top::Base(_) | Top::Nothing => true,
+            Top::Writable(_) | Top::Nothing => true,
         }
     }
 }

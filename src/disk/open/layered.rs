@@ -86,7 +86,7 @@ fn over_writable(
     notes: Vec<String>,
 ) -> OpenedDisk {
     let bottom_layer = Arc::clone(layer) as Arc<dyn Layer>;
-    let layers = LayerStack::new(Top::Base(Arc::clone(layer)), Vec::new(), Some(bottom_layer));
+    let layers = LayerStack::new(Top::Writable(Arc::clone(layer)), Vec::new(), Some(bottom_layer));
     let path = description.path().unwrap_or(Path::new("")).display().to_string();
     let summary = format!("{}, writes go straight to '{path}'", format_size(size));
     OpenedDisk { disk: Disk::new(spec, Uuid::new_v4(), layers, description, owner), summary, notes }

@@ -80,7 +80,7 @@ fn start_output(
     let output = Output::start(name, stream, Box::new(sink), monitor, stop, temporary_dir());
     let output = output.map_err(failed)?;
     let bottom = Arc::clone(&output) as Arc<dyn Layer>;
-    let top = Top::Base(Arc::clone(&output) as Arc<dyn WritableLayer>);
+    let top = Top::Writable(Arc::clone(&output) as Arc<dyn WritableLayer>);
     let complete = match stream.finish {
         FinishWhen::Explicit => "after 'cowslip finish'",
         FinishWhen::Umount => "at umount",
