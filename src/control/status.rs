@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::api::{
     BlockOverlayStatus, BufferStatus, DiskState, DiskStatus, HydrationState, LayerStatus,
-    MountState, MountStatus, NeededBuffers, OverlayKind, OverlayStatus, PartitionStatus,
+    MountState, MountStatus, NeededBuffers, OverlayKindWord, OverlayStatus, PartitionStatus,
     PeerStatus, Recovery, StatusDocument, StreamDirection, StreamState, StreamStatus, UsageStatus,
 };
 use super::{Control, json_line};
@@ -148,7 +148,7 @@ fn block_overlay_status(disk: &Disk) -> Option<OverlayStatus> {
             limit: disk.limit(),
             chain: chain.into_iter().map(LayerStatus::from).collect(),
         }),
-        kind: OverlayKind::Blocks,
+        kind: OverlayKindWord::Blocks,
     })
 }
 
@@ -165,7 +165,7 @@ fn reflink_status(disk: &Disk) -> Option<OverlayStatus> {
         free: free_on_host(disk),
         recovered: None,
         blocks: None,
-        kind: OverlayKind::Reflink,
+        kind: OverlayKindWord::Reflink,
     })
 }
 

@@ -31,7 +31,7 @@ pub(crate) use self::status::{
     OverlayStatus, PartitionStatus, PeerStatus, StatusDocument, StreamStatus, UsageStatus,
 };
 pub(crate) use self::words::{
-    DiskState, HydrationState, MountState, OverlayKind, Recovery, StreamDirection, StreamState,
+    DiskState, HydrationState, MountState, OverlayKindWord, Recovery, StreamDirection, StreamState,
 };
 
 #[cfg(test)]

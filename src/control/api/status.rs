@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::words::{
-    DiskState, HydrationState, MountState, OverlayKind, Recovery, StreamDirection, StreamState,
+    DiskState, HydrationState, MountState, OverlayKindWord, Recovery, StreamDirection, StreamState,
 };
 
 /// The document in `.cowslip/status`, and that of `cowslip status --json`.
@@ -87,7 +87,7 @@ pub(crate) struct OverlayStatus {
     /// `None` for a reflink overlay.
     #[serde(flatten)]
     pub(crate) blocks: Option<BlockOverlayStatus>,
-    pub(crate) kind: OverlayKind,
+    pub(crate) kind: OverlayKindWord,
 }
 
 /// The part of an overlay's status that only overlays of changed blocks have.

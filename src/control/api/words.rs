@@ -124,7 +124,7 @@ words! {
 
 words! {
     /// The kind of an overlay.
-    OverlayKind {
+    OverlayKindWord {
         /// Changed blocks beside the base, and a map of them.
         Blocks = "blocks",
         /// A copy of the base that shares its blocks on the host.
