@@ -18,7 +18,7 @@ use cowslip::extents::ExtentKind;
 use cowslip::layer::{Layer, Wait};
 use cowslip::overlay::host_file::{Create, HostFile};
 use cowslip::overlay::storage::Storage;
-use cowslip::overlay::log::{LogDir, ReplacedLog};
+use cowslip::overlay::record_log::{LogDir, ReplacedLog};
 use parking_lot::Mutex;
 use tempfile::TempDir;
 

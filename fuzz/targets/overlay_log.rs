@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cowslip::layer::{Layer, Wait};
 use cowslip::overlay::Overlay;
-use cowslip::overlay::log;
+use cowslip::overlay::record_log;
 use cowslip::overlay::record::{BootTag, RECORD_LEN};
 use cowslip::overlay::recover::{self, LayerFiles};
 use cowslip_fuzz::{Memory, MemoryLogDir, walk};
@@ -44,8 +44,8 @@ fuzz_target!(|input: &[u8]| {
     let Ok((image, _, _)) = recover::open_log(&found, tag) else { return };
     // A rewritten log gives the same state.
     if let Some(new) = log_dir.0.lock().take() {
-        let again = log::scan(&*new, &LAYER).unwrap();
-        assert_eq!(again.end, log::LogEnd::Whole);
+        let again = record_log::scan(&*new, &LAYER).unwrap();
+        assert_eq!(again.end, record_log::LogEnd::Whole);
         let again = files(new, Arc::default(), block_size);
         let trusted = recover::examine(&again, tag).unwrap();
         let loaded = recover::load_map(&again, &trusted).unwrap();

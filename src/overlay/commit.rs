@@ -23,9 +23,9 @@ use parking_lot::Mutex;
 
 use super::Overlay;
 use super::blocks::BlockMap;
-use super::log::ReserveUse;
 use super::range_locks::LockMode;
 use super::record::LogRecord;
+use super::record_log::ReserveUse;
 use super::state::{BlockIndex, BlockRun, BlockState};
 use super::sync::SyncMode;
 use crate::host::{self, os_error};

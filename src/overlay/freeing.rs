@@ -66,7 +66,7 @@ impl Overlay {
                 if let Err(error) = self.punch_unused(part) {
                     // Keeping the space loses no data, and a host that cannot punch holes never
                     // will.
-                    ::log::debug!("space is not given back: {error}");
+                    log::debug!("space is not given back: {error}");
                 }
                 self.pending.lock().remove(part);
             }

@@ -28,8 +28,8 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::host_file::Create;
-use super::log::LogDir;
 use super::record::{DecodedRecord, LogRecord, RECORD_LEN};
+use super::record_log::LogDir;
 use super::state::BlockIndex;
 use super::storage::Storage;
 use crate::layer::Wait;
@@ -378,7 +378,7 @@ impl DirtyBlocks {
 #[cfg(test)]
 mod tests {
     use super::super::host_file::HostFile;
-    use super::super::log::ReplacedLog;
+    use super::super::record_log::ReplacedLog;
     use super::super::state::BlockState;
     use super::*;
 

@@ -8,7 +8,7 @@
 //!
 //! - `write`: writes and size changes. `zero`, `copy`: zeroing, and copies into the overlay.
 //!   `limit`: the most data that it may hold. `state`, `blocks`, `leaf`: the map in memory.
-//!   `record`, `log`: the durable map. `storage`, `host_file`: the host files.
+//!   `record`, `record_log`: the durable map. `storage`, `host_file`: the host files.
 //! - `range_locks`: byte ranges that are being changed. `freeing`, with `pending` and
 //!   `readers`: returning freed space to the host, and when.
 //! - `sync`: making changes durable. `group_commit`: sharing one sync among its callers. `journal`:
@@ -48,7 +48,6 @@ pub mod keep;
 pub mod layer_cache;
 mod leaf;
 mod limit;
-pub mod log;
 mod merge;
 mod owners;
 pub mod pending;
@@ -56,6 +55,7 @@ pub mod persist;
 pub mod range_locks;
 pub mod readers;
 pub mod record;
+pub mod record_log;
 pub mod recover;
 pub mod reflink;
 pub mod sealed;
@@ -81,11 +81,11 @@ use self::commit::CommitTracker;
 use self::group_commit::GroupCommit;
 use self::host_file::HostFile;
 use self::journal::{DirtyBlocks, Journal};
-use self::log::Log;
 use self::pending::PendingFrees;
 use self::range_locks::RangeLocks;
 use self::readers::Readers;
 use self::record::{BootTag, LayerMap, MtimeOrigin, Nanos};
+use self::record_log::Log;
 use self::state::{BlockIndex, BlockState};
 use self::storage::Storage;
 use crate::extents::{Extent, ExtentKind};

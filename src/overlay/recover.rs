@@ -18,8 +18,8 @@ use super::data_check;
 use super::error::LogError;
 use super::host_file::Create;
 use super::journal::{self, JournalContents};
-use super::log::{self, Log, LogDir, LogEnd, LogScan};
 use super::record::{BootTag, LayerMap};
+use super::record_log::{self, Log, LogDir, LogEnd, LogScan};
 use super::state::{BlockIndex, BlockState};
 use super::storage::Storage;
 use crate::host;
@@ -88,7 +88,7 @@ pub struct TrustedLog {
 /// # Errors
 /// [`LogError`]; the contents of a damaged log are never guessed.
 pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError> {
-    let mut scan = log::scan(&*files.log, &files.uuid)?;
+    let mut scan = record_log::scan(&*files.log, &files.uuid)?;
     // Kept from the first reading, because the record itself may never have reached the device.
     let (poisoned, generation) = (scan.poisoned, scan.generation);
     // Whether only the daemon died: everything it wrote is still in the host's cache.
@@ -98,7 +98,7 @@ pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError>
         // Cached data may never have reached the device.
         files.data.drop_cache();
         files.log.drop_cache();
-        scan = log::scan(&*files.log, &files.uuid)?;
+        scan = record_log::scan(&*files.log, &files.uuid)?;
     }
     let damaged = |scan: &LogScan, why| Err(LogError::Damaged { record: scan.good, why });
     match scan.end {
@@ -118,7 +118,7 @@ pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError>
         let journal = read_journal(files, generation)?;
         // Losing a record that only vouches or names who opened the layer is no loss.
         let known = journal.end.max(sequence + 1).saturating_sub(scan.first).min(scan.good);
-        let lost = log::count_changes(&*files.log, &files.uuid, known..scan.good)?;
+        let lost = record_log::count_changes(&*files.log, &files.uuid, known..scan.good)?;
         let recovered = Recovered::Vouched { lost };
         Ok(TrustedLog { scan: scan.clone(), records: upto(sequence), recovered, journal })
     };
@@ -153,7 +153,7 @@ fn read_journal(files: &LayerFiles, generation: u64) -> io::Result<JournalConten
 pub fn load_map(files: &LayerFiles, trusted: &TrustedLog) -> Result<LayerMap, LogError> {
     let mut map = LayerMap::new(0, 0);
     let block_size = u64::from(files.block_size);
-    log::replay(&*files.log, &files.uuid, trusted.records, block_size, &mut map)?;
+    record_log::replay(&*files.log, &files.uuid, trusted.records, block_size, &mut map)?;
     trusted.journal.records.iter().for_each(|record| map.apply(record, block_size));
     Ok(map)
 }
@@ -185,8 +185,8 @@ pub fn open_log(files: &LayerFiles, tag: BootTag) -> Result<(LayerMap, Log, Reco
     }
     let log_dir = Arc::clone(&files.log_dir);
     let (uuid, block_size) = (files.uuid, u64::from(files.block_size));
-    let is_kept =
-        trusted.recovered == Recovered::Clean && !log::is_worth_rewriting(&trusted.scan, &map);
+    let is_kept = trusted.recovered == Recovered::Clean
+        && !record_log::is_worth_rewriting(&trusted.scan, &map);
     let log = if is_kept {
         Log::reopen(log_dir, uuid, block_size, Arc::clone(&files.log), &trusted.scan, tag)?
     } else {
@@ -256,7 +256,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::super::host_file::HostFile;
-    use super::super::log::ReplacedLog;
+    use super::super::record_log::ReplacedLog;
     use super::*;
 
     struct Nowhere;

@@ -7,9 +7,9 @@ use std::sync::atomic::Ordering;
 
 use super::Overlay;
 use super::journal::NewEntry;
-use super::log::{Log, ReserveUse};
 use super::range_locks::{LockMode, StripeSet};
 use super::record::{LogRecord, MtimeOrigin, Nanos};
+use super::record_log::{Log, ReserveUse};
 use super::state::BlockIndex;
 use crate::host::{self, is_out_of_space, os_error};
 use crate::layer::Wait;
@@ -227,11 +227,11 @@ impl Overlay {
     fn latch(&self, log: &Log, error: &io::Error) -> io::Error {
         self.latched.store(true, Ordering::SeqCst);
         let durable = self.durable.load(Ordering::SeqCst);
-        ::log::error!("sync failed, the disk is read-only from now on: {error}");
+        log::error!("sync failed, the disk is read-only from now on: {error}");
         let poisoned = log
             .append(&[LogRecord::Poisoned { durable, vouched: log.vouched() }], ReserveUse::Full);
         if let Err(error) = poisoned.and_then(|_| log.sync()) {
-            ::log::error!("could not mark the log as poisoned: {error}");
+            log::error!("could not mark the log as poisoned: {error}");
         }
         os_error(libc::EIO)
     }
@@ -284,7 +284,7 @@ impl Overlay {
             if let Err(error) = log.compact(self.durable.load(Ordering::SeqCst), self.tag) {
                 // No sync has failed, and other callers may share this one: continue with the old
                 // log.
-                ::log::warn!("a long log could not be reduced: {error}");
+                log::warn!("a long log could not be reduced: {error}");
             }
             Ok(())
         })

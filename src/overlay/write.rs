@@ -9,9 +9,9 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use super::log::{Log, ReserveUse};
 use super::range_locks::{LockMode, StripeGuard, StripeSet};
 use super::record::LogRecord;
+use super::record_log::{Log, ReserveUse};
 use super::state::{BlockIndex, BlockRun, BlockState};
 use super::sync::SyncMode;
 use super::{MAX_DISK_SIZE, Overlay};
@@ -280,7 +280,7 @@ impl WritableLayer for Overlay {
         {
             // The tail is zeroed before the disk grows in any case; zeroing it here only avoids the
             // mixed sector described in `block_padding`.
-            ::log::debug!("the tail of the last block is not zeroed yet: {error}");
+            log::debug!("the tail of the last block is not zeroed yet: {error}");
         }
         self.mark_dirty(0);
         Ok(())

@@ -11,8 +11,8 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 
 use super::Overlay;
-use super::log::Log;
 use super::range_locks::LockMode;
+use super::record_log::Log;
 use super::state::{BlockIndex, BlockState};
 use crate::extents::ExtentKind;
 use crate::host::os_error;

@@ -13,8 +13,8 @@ use crate::common::written;
 use cowslip::layer::{Wait, WritableLayer};
 use cowslip::overlay::error::LogError;
 use cowslip::overlay::host_file::{HostFile, SEGMENT_LEN};
-use cowslip::overlay::log;
 use cowslip::overlay::record::{LogRecord, RECORD_LEN};
+use cowslip::overlay::record_log;
 use cowslip::overlay::recover::Recovered;
 use cowslip::overlay::storage::Storage;
 use proptest::collection::vec;
@@ -876,10 +876,10 @@ fn write_that_a_concurrent_sync_missed_leaves_the_overlay_dirty() {
 fn log_scan_includes_sequence_numbers_after_a_gap() {
     let (disk, ..) = logged();
     let log = disk.layer.home.log();
-    let whole = log::scan(&*log, &disk.layer.uuid).unwrap();
+    let whole = record_log::scan(&*log, &disk.layer.uuid).unwrap();
     let len = written(&log.bytes()) as u64;
     log.damage(len - 512 - len % 512, &[0; 512]);
-    let gap = log::scan(&*log, &disk.layer.uuid).unwrap();
+    let gap = record_log::scan(&*log, &disk.layer.uuid).unwrap();
     assert!(gap.good < whole.good);
     assert_eq!(gap.highest, whole.highest, "a sequence could be used twice");
 }

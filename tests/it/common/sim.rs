@@ -29,7 +29,7 @@ use std::time::Duration;
 use cowslip::host::os_error;
 use cowslip::layer::Wait;
 use cowslip::overlay::host_file::{Create, HostFile};
-use cowslip::overlay::log::{LogDir, ReplacedLog};
+use cowslip::overlay::record_log::{LogDir, ReplacedLog};
 use cowslip::overlay::recover::LayerFiles;
 use cowslip::overlay::storage::Storage;
 use parking_lot::{Condvar, Mutex};
