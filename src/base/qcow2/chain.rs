@@ -18,7 +18,7 @@ use std::sync::Arc;
 use super::super::{BaseAccess, BaseError, BaseFile, open_base_file};
 use super::allowed_dirs::{AllowedDirs, FileRole};
 use super::chain_error::{ChainError, MAX_BACKING_FILES};
-use super::header::{BackingRef, Qcow2Header};
+use super::header::{BackingRef, DataFile, Qcow2Header};
 use super::tables::TableBudget;
 use super::{Qcow2Layer, cluster_cache::ClusterCache};
 use crate::config::{DirectIo, Format, Locking, Passthrough};
@@ -135,9 +135,9 @@ impl ChainImage {
         let header = Qcow2Header::read(&file.file, file.size).map_err(header_error)?;
         header.check_l1(&file.file, file.size).map_err(header_error)?;
         let data = match &header.data_file {
-            None => None,
-            Some(None) => return Err(ChainError::NoDataFile(path)),
-            Some(Some(name)) => Some(allowed.open(&file, &path, name, FileRole::Data)?),
+            DataFile::Inside => None,
+            DataFile::External(None) => return Err(ChainError::NoDataFile(path)),
+            DataFile::External(Some(name)) => Some(allowed.open(&file, &path, name, FileRole::Data)?),
         };
         Ok(Self { path, file, header: Some(header), data })
     }

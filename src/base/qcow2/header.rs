@@ -53,6 +53,15 @@ fn damaged<T>(why: impl Into<String>) -> Result<T, HeaderError> {
     Err(HeaderError::Damaged(why.into()))
 }
 
+/// The file that holds the data of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DataFile {
+    /// The image itself.
+    Inside,
+    /// A file of its own, by its name; `None` if the image records no name.
+    External(Option<String>),
+}
+
 /// The contents of a qcow2 header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Qcow2Header {
@@ -62,9 +71,8 @@ pub struct Qcow2Header {
     pub cluster_size: u64,
     /// The backing file.
     pub backing: Option<BackingRef>,
-    /// The data file: `None` if the image holds its data itself; the inner name is `None` if the
-    /// image records none.
-    pub data_file: Option<Option<String>>,
+    /// The file that holds the data.
+    pub data_file: DataFile,
     /// The byte range of the L1 table that maps the disk, for [`check_l1`](Self::check_l1).
     l1: std::ops::Range<u64>,
     /// Length in bytes of the whole L1 table, all of which is kept in memory.
@@ -120,7 +128,10 @@ impl Qcow2Header {
         let found = read_extensions(&first_cluster, header_len)?;
         let backing = read_backing_name(&first_cluster)?
             .map(|name| BackingRef { name, format: found.backing_format });
-        let data_file = (features & INCOMPAT_DATA_FILE != 0).then_some(found.data_file);
+        let data_file = match features & INCOMPAT_DATA_FILE {
+            0 => DataFile::Inside,
+            _ => DataFile::External(found.data_file),
+        };
         Ok(Self { size, cluster_size: cluster, backing, data_file, l1, l1_len })
     }
 

@@ -28,9 +28,9 @@ use std::sync::Arc;
 pub use self::chain::{BackingChain, TopImage, open, open_top};
 pub use self::chain_error::ChainError;
 use self::cluster_cache::ClusterCache;
-pub use self::header::{HeaderError, Qcow2Header};
-use self::run_cache::{ImageRun, RunCache, RunMapping};
-use self::tables::{ImageTables, L2Mapping, TableBudget};
+pub use self::header::{DataFile, HeaderError, Qcow2Header};
+use self::run_cache::{MappedRun, RunCache, RunMapping};
+use self::tables::{ImageTables, TableBudget};
 use super::raw::RawBase;
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
@@ -82,7 +82,7 @@ impl Qcow2Layer {
     }
 
     /// Returns the run at `range.start`, which is inside the size.
-    fn run_at(&self, range: &Range<u64>, wait: Wait) -> io::Result<ImageRun> {
+    fn run_at(&self, range: &Range<u64>, wait: Wait) -> io::Result<MappedRun> {
         let run = match self.run_cache.get(range) {
             Some(run) => run,
             None => self.look_up_run(range, wait)?,
@@ -91,7 +91,7 @@ impl Qcow2Layer {
         let end = self.data.size();
         if at < end {
             let len = (run.range.end - run.range.start).min(end - at);
-            return Ok(ImageRun { range: run.range.start..run.range.start + len, ..run });
+            return Ok(MappedRun { range: run.range.start..run.range.start + len, ..run });
         }
         // QEMU omits the rest of the last cluster. A cluster that is missing as a whole was cut
         // off.
@@ -102,11 +102,11 @@ impl Qcow2Layer {
             ))));
         }
         let len = (run.range.end - run.range.start).min(cluster + self.cluster_size - at);
-        Ok(ImageRun { range: run.range.start..run.range.start + len, mapping: RunMapping::Zero })
+        Ok(MappedRun { range: run.range.start..run.range.start + len, mapping: RunMapping::Zero })
     }
 
     /// Reads the mapping of a whole stretch from the tables.
-    fn look_up_run(&self, range: &Range<u64>, wait: Wait) -> io::Result<ImageRun> {
+    fn look_up_run(&self, range: &Range<u64>, wait: Wait) -> io::Result<MappedRun> {
         if wait == Wait::No {
             return Err(os_error(libc::EAGAIN));
         }
@@ -116,14 +116,8 @@ impl Qcow2Layer {
         while at < stretch.end {
             let (mapping, len) =
                 self.tables.mapping(at, stretch.end - at).map_err(|error| read_error(&error))?;
-            let place = match mapping {
-                L2Mapping::Unallocated => RunMapping::Lower,
-                L2Mapping::Zero => RunMapping::Zero,
-                L2Mapping::Data(offset) => RunMapping::Data(offset),
-                L2Mapping::Compressed => RunMapping::Compressed,
-            };
             let end = at + len.clamp(1, stretch.end - at);
-            run_cache::push_merged(&mut runs, ImageRun { range: at..end, mapping: place });
+            run_cache::push_merged(&mut runs, MappedRun { range: at..end, mapping });
             at = end;
         }
         self.run_cache.insert(runs, range).ok_or_else(|| os_error(libc::EIO))
@@ -229,7 +223,7 @@ impl Layer for Qcow2Layer {
         copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
         if range.start < self.size
-            && let ImageRun { range: run, mapping: RunMapping::Data(at) } =
+            && let MappedRun { range: run, mapping: RunMapping::Data(at) } =
                 self.run_at(&(range.start..range.end.min(self.size)), wait)?
         {
             let (found, copied) = self.data.lend_at(at..at + (run.end - run.start), wait, copy)?;

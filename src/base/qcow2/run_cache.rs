@@ -37,21 +37,21 @@ pub(super) enum RunMapping {
 
 /// A run of the disk with one mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ImageRun {
+pub(super) struct MappedRun {
     /// The range in bytes of the disk.
     pub(super) range: Range<u64>,
     /// The mapping of the range.
     pub(super) mapping: RunMapping,
 }
 
-impl ImageRun {
+impl MappedRun {
     /// Returns the part of the run from `offset`, which must be in it, to `end`.
     fn slice(&self, offset: u64, end: u64) -> Self {
-        let place = match self.mapping {
+        let mapping = match self.mapping {
             RunMapping::Data(at) => RunMapping::Data(at + (offset - self.range.start)),
-            place => place,
+            mapping => mapping,
         };
-        Self { range: offset..self.range.end.min(end), mapping: place }
+        Self { range: offset..self.range.end.min(end), mapping }
     }
 }
 
@@ -65,7 +65,7 @@ pub(super) struct RunCache {
 
 #[derive(Default)]
 struct RunCacheState {
-    stretches: HashMap<u64, Arc<[ImageRun]>>,
+    stretches: HashMap<u64, Arc<[MappedRun]>>,
     /// Oldest first.
     order: VecDeque<u64>,
     run_count: usize,
@@ -92,14 +92,14 @@ impl RunCache {
     }
 
     /// Returns the run at `range.start`, up to `range.end`, if it is cached.
-    pub(super) fn get(&self, range: &Range<u64>) -> Option<ImageRun> {
+    pub(super) fn get(&self, range: &Range<u64>) -> Option<MappedRun> {
         let start = self.stretch_at(range.start).start;
         let known = self.state.read();
         find_run(known.stretches.get(&start)?, range)
     }
 
     /// Caches the runs of a whole stretch, and returns the run at `range.start`.
-    pub(super) fn insert(&self, runs: Vec<ImageRun>, range: &Range<u64>) -> Option<ImageRun> {
+    pub(super) fn insert(&self, runs: Vec<MappedRun>, range: &Range<u64>) -> Option<MappedRun> {
         let found = find_run(&runs, range);
         let start = self.stretch_at(range.start).start;
         let mut known = self.state.write();
@@ -117,14 +117,14 @@ impl RunCache {
     }
 }
 
-fn find_run(runs: &[ImageRun], range: &Range<u64>) -> Option<ImageRun> {
+fn find_run(runs: &[MappedRun], range: &Range<u64>) -> Option<MappedRun> {
     let at = runs.partition_point(|run| run.range.end <= range.start);
     let run = runs.get(at).filter(|run| run.range.start <= range.start)?;
     Some(run.slice(range.start, range.end))
 }
 
 /// Appends `run`, merged with the last one if it continues that.
-pub(super) fn push_merged(runs: &mut Vec<ImageRun>, run: ImageRun) {
+pub(super) fn push_merged(runs: &mut Vec<MappedRun>, run: MappedRun) {
     if let Some(last) = runs.last_mut()
         && last.range.end == run.range.start
     {
@@ -146,8 +146,8 @@ pub(super) fn push_merged(runs: &mut Vec<ImageRun>, run: ImageRun) {
 mod tests {
     use super::*;
 
-    fn run(range: Range<u64>, place: RunMapping) -> ImageRun {
-        ImageRun { range, mapping: place }
+    fn run(range: Range<u64>, mapping: RunMapping) -> MappedRun {
+        MappedRun { range, mapping }
     }
 
     #[test]

@@ -15,7 +15,8 @@ use imago::format::drivers::FormatDriverInstance;
 use imago::{ShallowMapping, StorageOpenOptions};
 use parking_lot::{Mutex, RwLock};
 
-use super::header::{HeaderError, Qcow2Header};
+use super::header::{DataFile, HeaderError, Qcow2Header};
+use super::run_cache::RunMapping;
 
 /// The most bytes of tables that a chain may need at once, and the space for further tables shared
 /// by its images: 128 MiB each. The largest possible L1 table has 32 MiB; 256 images of 1 TiB in
@@ -81,15 +82,15 @@ impl ImageTables {
     ///
     /// # Errors
     /// The host's errno; `InvalidData` for damaged tables.
-    pub(super) fn mapping(&self, at: u64, len: u64) -> io::Result<(L2Mapping, u64)> {
+    pub(super) fn mapping(&self, at: u64, len: u64) -> io::Result<(RunMapping, u64)> {
         self.evict_l2(at)?;
         let qcow2 = self.qcow2.read();
         let (mapping, len) = qcow2.get_mapping(at, len)?;
         let mapping = match mapping {
-            ShallowMapping::Zero { explicit: false, .. } => L2Mapping::Unallocated,
-            ShallowMapping::Zero { .. } => L2Mapping::Zero,
-            ShallowMapping::Raw { offset, .. } => L2Mapping::Data(offset),
-            ShallowMapping::Special { .. } => L2Mapping::Compressed,
+            ShallowMapping::Zero { explicit: false, .. } => RunMapping::Lower,
+            ShallowMapping::Zero { .. } => RunMapping::Zero,
+            ShallowMapping::Raw { offset, .. } => RunMapping::Data(offset),
+            ShallowMapping::Special { .. } => RunMapping::Compressed,
             _ => return Err(io::ErrorKind::InvalidData.into()),
         };
         Ok((mapping, len))
@@ -129,25 +130,12 @@ impl ImageTables {
     }
 }
 
-/// The mapping of a range according to the tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum L2Mapping {
-    /// The image does not map the range.
-    Unallocated,
-    /// Zeros.
-    Zero,
-    /// Bytes of the data file, from this offset on.
-    Data(u64),
-    /// A compressed cluster.
-    Compressed,
-}
-
 fn open_imago(file: &File, header: &Qcow2Header) -> io::Result<Qcow2> {
     let as_storage = |file| imago::file::File::from_open_file(file, StorageOpenOptions::new());
     let external = match header.data_file {
         // Only the tables are read through this storage.
-        Some(_) => Some(as_storage(file.try_clone()?)?),
-        None => None,
+        DataFile::External(_) => Some(as_storage(file.try_clone()?)?),
+        DataFile::Inside => None,
     };
     let mut qcow2 = Qcow2::open_image(as_storage(file.try_clone()?)?, false)?;
     qcow2.set_data_file(external);
@@ -186,7 +174,7 @@ mod tests {
         for at in (0..512 << 10).step_by(512).chain((0..512 << 10).step_by(40 << 10)) {
             let found = few.mapping(at, 512).unwrap();
             assert_eq!(found, all.mapping(at, 512).unwrap(), "at {at}");
-            assert_eq!(found.0 != L2Mapping::Unallocated, at % (64 << 10) < 2 << 10, "at {at}");
+            assert_eq!(found.0 != RunMapping::Lower, at % (64 << 10) < 2 << 10, "at {at}");
             assert!(few.loaded_l2.lock().len() <= 2);
         }
         // Tables are read again only from the image that was checked.
