@@ -78,6 +78,13 @@ pub enum OverlayError {
     },
 }
 
+impl OverlayError {
+    /// Names the action that failed, for [`Result::map_err`].
+    pub(crate) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |error| Self::Io { what, error }
+    }
+}
+
 /// The reason why a layer cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
@@ -123,9 +130,4 @@ fn unmount_advice(mountpoint: &str) -> &'static str {
              namespace has a copy: end that"
         }
     }
-}
-
-/// Names the action that failed, for [`Result::map_err`].
-pub(crate) fn doing(what: &'static str) -> impl FnOnce(io::Error) -> OverlayError {
-    move |error| OverlayError::Io { what, error }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use rustix::fs::{Mode, OFlags};
 
 use super::Overlay;
-use super::error::{OverlayError, doing};
+use super::error::OverlayError;
 use super::host_file::HostFile;
 use super::persist::{
     self, NewLayer, OpenedOverlay, OverlayPath, data_file_in, empty_data, link_segment,
@@ -69,7 +69,7 @@ pub fn keep(
     };
     for layer in sealed {
         // Space must not stay queued for freeing there: a sealed layer is never changed.
-        layer.close_sealed().map_err(doing("giving space back"))?;
+        layer.close_sealed().map_err(OverlayError::io("giving space back"))?;
     }
     let limit = top.limit.map(|blocks| blocks * top.block_size);
     let parts = stack.layers.iter().zip(layers).map(|(record, layer)| {

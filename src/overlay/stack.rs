@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use super::FORMAT_VERSION;
 use super::checksummed;
-use super::error::{OverlayError, doing};
+use super::error::OverlayError;
 use super::tree::LayerTree;
 pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::base::identity::Identity;
@@ -186,7 +186,7 @@ impl Stack {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 Err(OverlayError::NotAnOverlay)
             }
-            Err(error) => Err(doing("reading its 'stack'")(error)),
+            Err(error) => Err(OverlayError::io("reading its 'stack'")(error)),
         }
     }
 
@@ -198,10 +198,12 @@ impl Stack {
         let bytes = self.encode()?;
         if bytes.len() as u64 > MAX_STACK_LEN {
             // Such a file could not be read again.
-            return Err(doing("writing its 'stack'")(io::Error::from_raw_os_error(libc::EFBIG)));
+            return Err(OverlayError::io("writing its 'stack'")(io::Error::from_raw_os_error(
+                libc::EFBIG,
+            )));
         }
         confined::replace_file(dir, "stack", "stack.new", &bytes)
-            .map_err(doing("writing its 'stack'"))
+            .map_err(OverlayError::io("writing its 'stack'"))
     }
 }
 

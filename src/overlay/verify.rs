@@ -12,7 +12,7 @@ use rustix::fs::AtFlags;
 use uuid::Uuid;
 
 use super::data_check::{misplaced, segment_ends};
-use super::error::{OverlayError, doing};
+use super::error::OverlayError;
 use super::host_file::SEGMENT_LEN;
 use super::persist::{LockedOverlay, open_layer_files, open_sealed, remove_layer};
 use super::record::BootTag;
@@ -79,7 +79,8 @@ impl LockedOverlay {
     }
 
     fn check_layer(&self, record: &LayerRecord) -> Result<LayerSummary, OverlayError> {
-        let tag = boot_tag::current(&self.layers_dir).map_err(doing("reading the boot id"))?;
+        let tag =
+            boot_tag::current(&self.layers_dir).map_err(OverlayError::io("reading the boot id"))?;
         // All files are opened again, also the top's, because a recovery replaces the log.
         let files = open_layer_files(&self.layers_dir, record, |_| Ok(()))?.files;
         summarize(&files, tag)
@@ -158,11 +159,11 @@ impl LockedOverlay {
         if self.stack.layers.last() != Some(record) {
             return open_sealed(&self.layers_dir, record).map(|(_, recovered)| recovered);
         }
-        let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
+        let tag = boot_tag::current(&self.dir).map_err(OverlayError::io("reading the boot id"))?;
         let in_log = |error| OverlayError::Log { uuid: record.uuid, error };
         let files = open_layer_files(&self.layers_dir, record, |_| Ok(()))?.files;
         let (top, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
-        top.close_sealed().map_err(doing("closing its log"))?;
+        top.close_sealed().map_err(OverlayError::io("closing its log"))?;
         Ok(recovered)
     }
 }
@@ -195,7 +196,7 @@ fn summarize(files: &LayerFiles, tag: BootTag) -> Result<LayerSummary, OverlayEr
     let in_log = |error| OverlayError::Log { uuid: files.uuid, error };
     let trusted = recover::examine(files, tag).map_err(in_log)?;
     let map = recover::load_map(files, &trusted).map_err(in_log)?;
-    let mut ends = segment_ends(&*files.data).map_err(doing("looking at its data"))?;
+    let mut ends = segment_ends(&*files.data).map_err(OverlayError::io("looking at its data"))?;
     let block_size = u64::from(files.block_size);
     for held in trusted.journal.blocks.keys() {
         // Opening the layer writes these bytes into the data file.

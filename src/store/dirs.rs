@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use super::StoreError;
 use crate::confined::{self, entry_names, foreign_entry_error, open_subdir};
-use crate::overlay::error::{OverlayError, doing};
+use crate::overlay::error::OverlayError;
 use crate::overlay::persist::{STAGING_PREFIX, STORE_DIRS, remove_layer};
 use crate::overlay::stack::Stack;
 use crate::trust;
@@ -218,7 +218,8 @@ impl StoreDirs {
     /// # Errors
     /// [`OverlayError`].
     pub(super) fn stack_of(&self, uuid: &Uuid) -> Result<Stack, OverlayError> {
-        let dir = open_subdir(&self.disks, uuid.to_string()).map_err(doing("opening it"))?;
+        let dir =
+            open_subdir(&self.disks, uuid.to_string()).map_err(OverlayError::io("opening it"))?;
         Stack::read(&dir)
     }
 

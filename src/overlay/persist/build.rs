@@ -14,7 +14,7 @@ use super::path::{OverlayPath, parent_for_new};
 use super::staging::{self, StagingDir};
 use crate::confined;
 use crate::overlay::Overlay;
-use crate::overlay::error::{OverlayError, doing};
+use crate::overlay::error::OverlayError;
 use crate::overlay::host_file::HostFile;
 use crate::overlay::record::LayerMap;
 use crate::overlay::recover::Recovered;
@@ -76,12 +76,13 @@ pub fn build(
     if path.layers.is_none() {
         staging::remove_all_abandoned(parent);
     }
-    let staging_dir = StagingDir::new(parent).map_err(doing("making a directory beside it"))?;
+    let staging_dir =
+        StagingDir::new(parent).map_err(OverlayError::io("making a directory beside it"))?;
     let layers_dir = match path.layers {
         None => confined::create_dir(staging_dir.dir(), "layers"),
         Some(layers_dir) => open_dir(layers_dir),
     };
-    let layers_dir = layers_dir.map_err(doing("making its layers"))?;
+    let layers_dir = layers_dir.map_err(OverlayError::io("making its layers"))?;
     let uuids: Vec<Uuid> = parts.iter().map(|part| part.record.uuid).collect();
     // Not moved into a closure: an abandoned `StagingDir` removes itself when dropped, which must
     // happen last, when the other descriptors are closed.
@@ -89,7 +90,7 @@ pub fn build(
         Ok(made) => staging_dir
             .move_into_place(path.dir, parent)
             .map(|dir| (made, dir))
-            .map_err(doing("putting it in its place")),
+            .map_err(OverlayError::io("putting it in its place")),
         Err(error) => Err(error),
     };
     match made {
@@ -129,7 +130,7 @@ fn build_in(
         if is_top {
             top = Some((layer, lock));
         } else {
-            layer.close_sealed().map_err(doing("closing its log"))?;
+            layer.close_sealed().map_err(OverlayError::io("closing its log"))?;
             sealed.insert(record.uuid, Arc::new(layer));
         }
     }

@@ -16,7 +16,7 @@ use rustix::fs::{AtFlags, FlockOperation};
 use uuid::Uuid;
 
 use crate::confined::{self, FileAccess, entry_names, foreign_entry_error};
-use crate::overlay::error::{OverlayError, doing};
+use crate::overlay::error::OverlayError;
 use crate::overlay::host_file::{Create, HostFile, LAST_SEGMENT, SEGMENT_LEN};
 use crate::overlay::record::{BootTag, LayerMap};
 use crate::overlay::record_log::{Log, LogDir, ReplacedLog};
@@ -145,13 +145,14 @@ pub(in crate::overlay) fn open_layer_files(
 ) -> Result<LockedLayer, OverlayError> {
     let name = record.uuid.to_string();
     let open = |dir: &File, name: &str| confined::open_file(dir, name, FileAccess::AsAllowed);
-    let dir = confined::open_subdir(layers_dir, &name).map_err(doing("opening its layer"))?;
-    let first = open(&dir, "data").map_err(doing("opening its data"))?;
+    let dir =
+        confined::open_subdir(layers_dir, &name).map_err(OverlayError::io("opening its layer"))?;
+    let first = open(&dir, "data").map_err(OverlayError::io("opening its data"))?;
     lock(&first)?;
-    let log = open(&dir, "log").map_err(doing("opening its log"))?;
-    let again = || dir.try_clone().map_err(doing("opening its layer"));
-    let locked = first.try_clone().map_err(doing("opening its data"))?;
-    let data = data_file_in(again()?, first).map_err(doing("opening its data"))?;
+    let log = open(&dir, "log").map_err(OverlayError::io("opening its log"))?;
+    let again = || dir.try_clone().map_err(OverlayError::io("opening its layer"));
+    let locked = first.try_clone().map_err(OverlayError::io("opening its data"))?;
+    let data = data_file_in(again()?, first).map_err(OverlayError::io("opening its data"))?;
     Ok(LockedLayer {
         lock: locked,
         files: LayerFiles {
@@ -181,12 +182,12 @@ pub(super) fn make_layer(
     make_data: impl FnOnce(&File) -> io::Result<HostFile>,
 ) -> Result<(Overlay, File), OverlayError> {
     let dir = confined::create_dir(layers_dir, record.uuid.to_string())
-        .map_err(doing("making its layer"))?;
-    let data = make_data(&dir).map_err(doing("making its data"))?;
-    data.sync().map_err(doing("making its data durable"))?;
-    let lock = data.first().try_clone().map_err(doing("locking it"))?;
+        .map_err(OverlayError::io("making its layer"))?;
+    let data = make_data(&dir).map_err(OverlayError::io("making its data"))?;
+    data.sync().map_err(OverlayError::io("making its data durable"))?;
+    let lock = data.first().try_clone().map_err(OverlayError::io("locking it"))?;
     rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|error| doing("locking it")(error.into()))?;
+        .map_err(|error| OverlayError::io("locking it")(error.into()))?;
     let start = || -> io::Result<(Log, BootTag)> {
         let tag = boot_tag::current(&dir)?;
         let log_dir = Arc::new(LayerDir { dir: dir.try_clone()? });
@@ -195,7 +196,7 @@ pub(super) fn make_layer(
         layers_dir.sync_all()?;
         Ok((log, tag))
     };
-    let (log, tag) = start().map_err(doing("writing its log"))?;
+    let (log, tag) = start().map_err(OverlayError::io("writing its log"))?;
     let overlay = Overlay::new(record.block, Arc::new(data), map.clone(), Some(log), tag, limit);
     Ok((overlay, lock))
 }
@@ -208,7 +209,7 @@ pub(in crate::overlay) fn open_sealed(
 ) -> Result<(Arc<Overlay>, Recovered), OverlayError> {
     let in_log = |error| OverlayError::Log { uuid: record.uuid, error };
     let LockedLayer { lock, files } = open_layer_files(layers_dir, record, |_| Ok(()))?;
-    let tag = boot_tag::current(layers_dir).map_err(doing("reading the boot id"))?;
+    let tag = boot_tag::current(layers_dir).map_err(OverlayError::io("reading the boot id"))?;
     let trusted = recover::examine(&files, tag).map_err(in_log)?;
     if trusted.recovered == Recovered::Clean {
         let map = recover::load_map(&files, &trusted).map_err(in_log)?;
@@ -217,9 +218,9 @@ pub(in crate::overlay) fn open_sealed(
         return Ok((Arc::new(layer), Recovered::Clean));
     }
     rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|error| doing("locking a layer to recover it")(error.into()))?;
+        .map_err(|error| OverlayError::io("locking a layer to recover it")(error.into()))?;
     let (layer, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
-    layer.close_sealed().map_err(doing("closing the log of a recovered layer"))?;
+    layer.close_sealed().map_err(OverlayError::io("closing the log of a recovered layer"))?;
     Ok((Arc::new(layer), recovered))
 }
 

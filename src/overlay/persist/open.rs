@@ -14,7 +14,7 @@ use super::layer_dir::{open_layer_files, open_sealed};
 use super::overlay_dir::{Holder, OpenedOverlay, OverlayDir};
 use super::path::{OverlayPath, open_overlay_dir};
 use crate::confined;
-use crate::overlay::error::{LogError, OverlayError, doing};
+use crate::overlay::error::{LogError, OverlayError};
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::recover::{self, LayerFiles, Recovered};
 use crate::overlay::stack::{LayerRecord, Stack};
@@ -58,7 +58,7 @@ pub fn lock_overlay(path: OverlayPath<'_>) -> Result<LockedOverlay, OverlayError
     };
     let layers_dir = layers_dir.map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound if path.layers.is_none() => OverlayError::NoLayers,
-        _ => doing("opening its layers")(error),
+        _ => OverlayError::io("opening its layers")(error),
     })?;
     loop {
         let layer = open_layer_files(&layers_dir, &record, |data| take_lock(&dir, data))?;
@@ -81,7 +81,7 @@ pub(in crate::overlay) fn take_lock(dir: &File, data: &File) -> Result<(), Overl
         match rustix::fs::flock(data, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(()),
             Err(rustix::io::Errno::WOULDBLOCK) => {}
-            Err(error) => return Err(doing("locking it")(error.into())),
+            Err(error) => return Err(OverlayError::io("locking it")(error.into())),
         }
         let holder = read_holder(dir);
         let timeout = match &holder {
@@ -124,7 +124,7 @@ impl LockedOverlay {
     /// # Errors
     /// [`OverlayError::Log`].
     pub fn is_committing(&self) -> Result<bool, OverlayError> {
-        let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
+        let tag = boot_tag::current(&self.dir).map_err(OverlayError::io("reading the boot id"))?;
         let trusted = recover::examine(&self.files, tag).map_err(self.log_error())?;
         let map = recover::load_map(&self.files, &trusted).map_err(self.log_error())?;
         Ok(map.is_committing)
@@ -140,7 +140,7 @@ impl LockedOverlay {
         limit: Option<u64>,
         cache: &LayerCache,
     ) -> Result<OpenedOverlay, OverlayError> {
-        let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
+        let tag = boot_tag::current(&self.dir).map_err(OverlayError::io("reading the boot id"))?;
         let mut recovered = Recovered::Clean;
         let mut below = Vec::new();
         // The lowest layer first: a layer must be recovered before the layers above it are read.

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::layer_dir::{empty_data, make_layer, open_sealed, remove_layer};
 use crate::confined;
 use crate::overlay::Overlay;
-use crate::overlay::error::{OverlayError, doing};
+use crate::overlay::error::OverlayError;
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::record::LayerMap;
 use crate::overlay::recover::Recovered;
@@ -131,7 +131,7 @@ impl OverlayDir {
     pub fn open_layer(&self, uuid: Uuid, cache: &LayerCache) -> Result<Arc<Overlay>, OverlayError> {
         let record = self.stack.layers.iter().find(|layer| layer.uuid == uuid);
         let record = record.ok_or_else(|| {
-            doing("opening its layer")(io::Error::from_raw_os_error(libc::ENOENT))
+            OverlayError::io("opening its layer")(io::Error::from_raw_os_error(libc::ENOENT))
         })?;
         cache.get_or_open(uuid, || open_sealed(&self.layers_dir, record).map(|(layer, _)| layer))
     }

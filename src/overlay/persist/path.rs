@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::confined;
-use crate::overlay::error::{OverlayError, doing};
+use crate::overlay::error::OverlayError;
 use crate::trust;
 use crate::trusted_path::open_dir;
 
@@ -32,12 +32,12 @@ pub fn exists(dir: &Path) -> Result<bool, OverlayError> {
         Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
             Err(OverlayError::NotAnOverlay)
         }
-        Err(error) => Err(doing("opening it")(error)),
+        Err(error) => Err(OverlayError::io("opening it")(error)),
         Ok(mut entries) => match dir.join("stack").try_exists() {
             Ok(true) => Ok(true),
             Ok(false) if entries.next().is_none() => Ok(false),
             Ok(false) => Err(OverlayError::NotAnOverlay),
-            Err(error) => Err(doing("opening its 'stack'")(error)),
+            Err(error) => Err(OverlayError::io("opening its 'stack'")(error)),
         },
     }
 }
@@ -50,7 +50,7 @@ pub fn exists(dir: &Path) -> Result<bool, OverlayError> {
 pub fn open_overlay_dir(dir: &Path) -> Result<File, OverlayError> {
     let dir = open_dir(dir).map_err(|error| match error.kind() {
         io::ErrorKind::NotADirectory => OverlayError::NotAnOverlay,
-        _ => doing("opening it")(error),
+        _ => OverlayError::io("opening it")(error),
     })?;
     trust::check(&dir)?;
     Ok(dir)
@@ -62,7 +62,7 @@ pub fn open_overlay_dir(dir: &Path) -> Result<File, OverlayError> {
 /// # Errors
 /// [`OverlayError`]: untrusted, no directory, or no directory to create the overlay in.
 pub fn resolve_overlay_path(dir: &Path) -> Result<PathBuf, OverlayError> {
-    let looking = || doing("looking for its place");
+    let looking = || OverlayError::io("looking for its place");
     match open_overlay_dir(dir) {
         Ok(found) => return confined::real_path(&found).map_err(looking()),
         Err(OverlayError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
@@ -90,8 +90,8 @@ pub(in crate::overlay) fn parent_for_new(dir: &Path) -> Result<&Path, OverlayErr
         return Err(OverlayError::NoParent(parent.to_owned()));
     }
     let is_store = |dir: &&Path| STORE_DIRS.iter().all(|name| dir.join(name).is_dir());
-    trust::check_parent(&open_dir(parent).map_err(doing("looking for its place"))?)?;
-    let real = parent.canonicalize().map_err(doing("looking for its place"))?;
+    trust::check_parent(&open_dir(parent).map_err(OverlayError::io("looking for its place"))?)?;
+    let real = parent.canonicalize().map_err(OverlayError::io("looking for its place"))?;
     match real.ancestors().find(is_store) {
         Some(store) => Err(OverlayError::InStore(store.to_owned())),
         None => Ok(parent),

@@ -21,7 +21,7 @@ use super::ReflinkError;
 use crate::confined;
 use crate::name;
 use crate::overlay::checksummed;
-use crate::overlay::error::doing;
+use crate::overlay::error::OverlayError;
 
 /// The name of the intent file.
 const INTENT_FILE: &str = "intent";
@@ -93,7 +93,7 @@ pub(super) fn read(dir: &File) -> Result<Option<RevertSource>, ReflinkError> {
     match confined::read_file(dir, INTENT_FILE, MAX_INTENT_LEN) {
         Ok(bytes) => decode(&bytes).map(Some).ok_or(ReflinkError::Intent),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(doing("reading its 'intent'")(error).into()),
+        Err(error) => Err(OverlayError::io("reading its 'intent'")(error).into()),
     }
 }
 

@@ -16,7 +16,7 @@ use crate::config::OverlayKind;
 use crate::confined::{self, FileAccess};
 use crate::host;
 use crate::host::file_system::HostFs;
-use crate::overlay::error::{OverlayError, doing};
+use crate::overlay::error::OverlayError;
 use crate::overlay::persist::{
     self, OverlayDir, StagingDir, open_overlay_dir, parent_for_new, staging,
 };
@@ -65,9 +65,10 @@ pub fn create(
 ) -> Result<OpenedReflink, ReflinkError> {
     let parent = parent_for_new(dir)?;
     staging::remove_all_abandoned(parent);
-    let staging_dir = StagingDir::new(parent).map_err(doing("making a directory beside it"))?;
-    let data =
-        confined::create_file(staging_dir.dir(), "data").map_err(doing("making its data"))?;
+    let staging_dir =
+        StagingDir::new(parent).map_err(OverlayError::io("making a directory beside it"))?;
+    let data = confined::create_file(staging_dir.dir(), "data")
+        .map_err(OverlayError::io("making its data"))?;
     rustix::fs::ioctl_ficlone(&data, base.file)
         .map_err(|error| sharing_error(error.into(), &data, base.path))?;
     let fill = || -> io::Result<File> {
@@ -77,11 +78,13 @@ pub fn create(
         data.sync_all()?;
         confined::create_dir(staging_dir.dir(), "snapshots")
     };
-    let snapshots = fill().map_err(doing("making its data durable"))?;
+    let snapshots = fill().map_err(OverlayError::io("making its data durable"))?;
     rustix::fs::flock(&data, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|error| doing("locking it")(error.into()))?;
+        .map_err(|error| OverlayError::io("locking it")(error.into()))?;
     stack.write(staging_dir.dir())?;
-    let dir = staging_dir.move_into_place(dir, parent).map_err(doing("putting it in its place"))?;
+    let dir = staging_dir
+        .move_into_place(dir, parent)
+        .map_err(OverlayError::io("putting it in its place"))?;
     let files = ReflinkDir { stack, dir, data, snapshots };
     Ok(files.into_layer(base.file, None)?)
 }
@@ -94,7 +97,7 @@ fn sharing_error(error: io::Error, data: &File, base: &Path) -> ReflinkError {
             let fs = HostFs::of(data).map_or("its file system", |fs| fs.name);
             ReflinkError::NoReflinks { fs, error }
         }
-        _ => doing("sharing the base's blocks")(error).into(),
+        _ => OverlayError::io("sharing the base's blocks")(error).into(),
     }
 }
 
@@ -118,9 +121,9 @@ impl ReflinkDir {
             let layer = Reflink::new(data, Arc::clone(base), self.dir, self.snapshots)?;
             Ok((layer, dir, lock))
         };
-        let (layer, dir, lock) = open().map_err(doing("opening its data"))?;
+        let (layer, dir, lock) = open().map_err(OverlayError::io("opening its data"))?;
         // A reflink overlay has no layers, so nothing is looked up in their directory.
-        let layers_dir = dir.try_clone().map_err(doing("opening it"))?;
+        let layers_dir = dir.try_clone().map_err(OverlayError::io("opening it"))?;
         let dir = OverlayDir::new(self.stack, dir, layers_dir, lock);
         Ok(OpenedReflink { layer, dir, finished })
     }
@@ -141,12 +144,12 @@ pub fn lock_overlay(dir: &Path) -> Result<LockedReflink, ReflinkError> {
         return Err(ReflinkError::Blocks);
     }
     let data = confined::open_file(&dir, "data", FileAccess::AsAllowed)
-        .map_err(doing("opening its data"))?;
+        .map_err(OverlayError::io("opening its data"))?;
     persist::take_lock(&dir, &data)?;
     // Read again under the lock: the last holder may have changed the stack.
     let stack = Stack::read(&dir)?;
-    let snapshots =
-        confined::open_subdir(&dir, "snapshots").map_err(doing("opening its snapshots"))?;
+    let snapshots = confined::open_subdir(&dir, "snapshots")
+        .map_err(OverlayError::io("opening its snapshots"))?;
     Ok(LockedReflink { files: ReflinkDir { stack, dir, data, snapshots } })
 }
 

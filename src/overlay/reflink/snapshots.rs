@@ -19,7 +19,7 @@ use super::intent::{self, RevertSource};
 use super::{Reflink, ReflinkError};
 use crate::confined::{self, FileAccess};
 use crate::name::{self, NameError};
-use crate::overlay::error::doing;
+use crate::overlay::error::OverlayError;
 
 /// The name of a snapshot being created, outside `snapshots`, where a user might choose this name.
 const NEW_SNAPSHOT_FILE: &str = "snapshot.new";
@@ -111,17 +111,17 @@ impl Reflink {
             file.set_permissions(Permissions::from_mode(0o400))?;
             file.sync_all()
         };
-        copy().map_err(doing("making a snapshot"))?;
+        copy().map_err(OverlayError::io("making a snapshot"))?;
         let flags = RenameFlags::NOREPLACE;
         match rustix::fs::renameat_with(&self.dir, NEW_SNAPSHOT_FILE, &self.snapshots, name, flags)
         {
             Ok(()) => {}
             Err(rustix::io::Errno::EXIST) => return Err(ReflinkError::Exists(name.to_owned())),
-            Err(error) => return Err(doing("naming a snapshot")(error.into()).into()),
+            Err(error) => return Err(OverlayError::io("naming a snapshot")(error.into()).into()),
         }
         if let Err(error) = self.snapshots.sync_all().and_then(|()| self.dir.sync_all()) {
             let _ = rustix::fs::unlinkat(&self.snapshots, name, AtFlags::empty());
-            return Err(doing("naming a snapshot")(error).into());
+            return Err(OverlayError::io("naming a snapshot")(error).into());
         }
         Ok(())
     }
@@ -137,7 +137,7 @@ impl Reflink {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 Err(ReflinkError::NoSnapshot(name.to_owned()))
             }
-            Err(error) => Err(doing("opening a snapshot")(error).into()),
+            Err(error) => Err(OverlayError::io("opening a snapshot")(error).into()),
         }
     }
 
@@ -165,7 +165,7 @@ impl Reflink {
             }
             Ok(all)
         };
-        let mut all = read().map_err(doing("listing its snapshots"))?;
+        let mut all = read().map_err(OverlayError::io("listing its snapshots"))?;
         all.sort_by(|a, b| (a.made, &a.name).cmp(&(b.made, &b.name)));
         Ok(all)
     }
@@ -178,9 +178,11 @@ impl Reflink {
         let _guard = self.changing.lock();
         check_name(name)?;
         match rustix::fs::unlinkat(&self.snapshots, name, AtFlags::empty()) {
-            Ok(()) => Ok(self.snapshots.sync_all().map_err(doing("deleting a snapshot"))?),
+            Ok(()) => {
+                Ok(self.snapshots.sync_all().map_err(OverlayError::io("deleting a snapshot"))?)
+            }
             Err(rustix::io::Errno::NOENT) => Err(ReflinkError::NoSnapshot(name.to_owned())),
-            Err(error) => Err(doing("deleting a snapshot")(error.into()).into()),
+            Err(error) => Err(OverlayError::io("deleting a snapshot")(error.into()).into()),
         }
     }
 
@@ -213,7 +215,7 @@ impl Reflink {
             if intent::clear(&self.dir).is_err() {
                 self.bytes.latch();
             }
-            return Err(doing("noting what is to be done")(error).into());
+            return Err(OverlayError::io("noting what is to be done")(error).into());
         }
         if let Err(error) = revert_data(source, &self.data, &self.base, &self.snapshots) {
             self.bytes.latch();
@@ -222,7 +224,7 @@ impl Reflink {
         if let Err(error) = intent::clear(&self.dir) {
             // The next open would repeat the revert and overwrite later writes.
             self.bytes.latch();
-            return Err(doing("noting that it is done")(error).into());
+            return Err(OverlayError::io("noting that it is done")(error).into());
         }
         Ok(())
     }
