@@ -39,8 +39,8 @@ impl WritableLayer for RawBase {
         let Some(direct) = &self.direct else {
             return host::write_all_at(&self.file, &[io::IoSlice::new(buf)], offset);
         };
-        let alone = direct.lock_range(&(offset..offset + buf.len() as u64))?;
-        self.write_direct(&alone, buf, offset)
+        let guard = direct.lock_range(&(offset..offset + buf.len() as u64))?;
+        self.write_direct(&guard, buf, offset)
     }
 
     fn zero(&self, range: Range<u64>, _below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
@@ -127,7 +127,7 @@ impl RawBase {
     /// Zeros `range` by the first of `methods` that the host supports, else by writing zeros.
     fn zero_range(&self, range: Range<u64>, methods: &[FallocateFlags]) -> io::Result<()> {
         // A partial write of a unit writes the rest of the unit back, too.
-        let alone = self.direct.as_ref().map(|direct| direct.lock_range(&range)).transpose()?;
+        let guard = self.direct.as_ref().map(|direct| direct.lock_range(&range)).transpose()?;
         let inner = match self.kind {
             HostKind::File => range.clone(),
             HostKind::BlockDevice => host::whole_device_blocks(&range),
@@ -136,22 +136,22 @@ impl RawBase {
             || host::zero_by_host(&*self.file, methods, &inner, is_zeroing_refused)?
                 == methods.len()
         {
-            return self.write_zeros(range, alone.as_ref());
+            return self.write_zeros(range, guard.as_ref());
         }
-        self.write_zeros(range.start..inner.start, alone.as_ref())?;
-        self.write_zeros(inner.end..range.end, alone.as_ref())
+        self.write_zeros(range.start..inner.start, guard.as_ref())?;
+        self.write_zeros(inner.end..range.end, guard.as_ref())
     }
 
     /// Writes past the host's cache. The partial last unit of a file is excepted, since a write of
     /// the whole unit would make the file longer. That rest goes through the cache, and on to the
     /// device like the other bytes.
-    fn write_direct(&self, alone: &RangeGuard<'_>, buf: &[u8], offset: u64) -> io::Result<()> {
-        let (size, unit) = (self.size(), alone.offset_align());
+    fn write_direct(&self, guard: &RangeGuard<'_>, buf: &[u8], offset: u64) -> io::Result<()> {
+        let (size, unit) = (self.size(), guard.offset_align());
         let border = if size.is_multiple_of(unit) { u64::MAX } else { size / unit * unit };
         let whole = usize::try_from(border.saturating_sub(offset)).unwrap_or(usize::MAX);
         let (whole, mut rest) = buf.split_at(whole.min(buf.len()));
         if !whole.is_empty() {
-            alone.write_all_at(&[io::IoSlice::new(whole)], offset)?;
+            guard.write_all_at(&[io::IoSlice::new(whole)], offset)?;
         }
         let mut at = offset + whole.len() as u64;
         while !rest.is_empty() {
@@ -169,15 +169,15 @@ impl RawBase {
         Ok(())
     }
 
-    fn write_zeros(&self, range: Range<u64>, alone: Option<&RangeGuard<'_>>) -> io::Result<()> {
+    fn write_zeros(&self, range: Range<u64>, guard: Option<&RangeGuard<'_>>) -> io::Result<()> {
         let mut at = range.start;
         while at < range.end {
             let len = (range.end - at).min(ZEROS.len() as u64);
             #[expect(clippy::cast_possible_truncation, reason = "at most ZEROS.len()")]
             let zeros = &ZEROS[..len as usize];
-            match alone {
+            match guard {
                 None => self.file.write_all_at(zeros, at)?,
-                Some(alone) => self.write_direct(alone, zeros, at)?,
+                Some(guard) => self.write_direct(guard, zeros, at)?,
             }
             at += len;
         }
