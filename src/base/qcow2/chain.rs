@@ -137,7 +137,9 @@ impl ChainImage {
         let data = match &header.data_file {
             DataFile::Inside => None,
             DataFile::External(None) => return Err(ChainError::NoDataFile(path)),
-            DataFile::External(Some(name)) => Some(allowed.open(&file, &path, name, FileRole::Data)?),
+            DataFile::External(Some(name)) => {
+                Some(allowed.open(&file, &path, name, FileRole::Data)?)
+            }
         };
         Ok(Self { path, file, header: Some(header), data })
     }
