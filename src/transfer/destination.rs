@@ -9,7 +9,7 @@ use super::TransferError;
 use crate::base::lock;
 use crate::trusted_path;
 
-/// The kind of file that a path names.
+/// The file that is at a path before anything is received there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Destination {
     /// Nothing yet.

@@ -20,13 +20,13 @@
 
 mod destination;
 mod error;
-mod onto;
+mod old_copy;
 mod recv;
 mod send;
 mod send_android;
 mod source;
 mod state;
-mod target;
+mod target_writer;
 mod zeros;
 
 use std::str::FromStr;

@@ -73,23 +73,36 @@ pub fn send<W: Write>(
         return Ok(Sent { progress, has_changed: source.has_changed() });
     }
     let mut sender = Sender::new(source, out, plan, on_progress);
-    sender.send_header().map_err(|error| sender.explain(SendError::Output(error)))?;
+    sender.send_header().map_err(|error| SendError::Output(error).explain(source))?;
     let sent = match source.size() {
         Some(size) => sender.send_ranges(plan.changes.as_ref(), size),
         None => sender.send_pipe(),
     };
-    sent.map_err(|failed| sender.explain(failed))?;
+    sent.map_err(|failed| failed.explain(source))?;
     if source.has_shrunk() {
-        return Err(sender.explain(SendError::Source(io::ErrorKind::UnexpectedEof.into())));
+        return Err(source.shrunk_error());
     }
-    sender.finish().map_err(|error| sender.explain(SendError::Output(error)))?;
+    sender.finish().map_err(|error| SendError::Output(error).explain(source))?;
     Ok(Sent { progress: sender.progress, has_changed: source.has_changed() })
 }
 
 /// The end of the transfer that failed.
-enum SendError {
+pub(super) enum SendError {
     Source(io::Error),
     Output(io::Error),
+}
+
+impl SendError {
+    /// Returns the error for the user, of a transfer from `source`.
+    pub(super) fn explain(self, source: &TransferSource) -> TransferError {
+        match self {
+            Self::Output(error) => TransferError::Output(os_message(&error)),
+            Self::Source(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                source.shrunk_error()
+            }
+            Self::Source(error) => TransferError::host("read", source.path(), &error),
+        }
+    }
 }
 
 /// The part of the stream for which the next checkpoint will vouch.
@@ -140,17 +153,6 @@ impl<'a, W: Write> Sender<'a, W> {
             announced_size: source.size().unwrap_or(from),
             piece: Piece { start: from, data_len: 0 },
             buffer: vec![0; HEADER_ROOM + BUFFER_SIZE],
-        }
-    }
-
-    fn explain(&self, failed: SendError) -> TransferError {
-        let path = self.source.path();
-        match failed {
-            SendError::Output(error) => TransferError::Output(os_message(&error)),
-            SendError::Source(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                self.source.shrunk_error()
-            }
-            SendError::Source(error) => TransferError::host("read", path, &error),
         }
     }
 

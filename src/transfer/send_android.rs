@@ -5,18 +5,13 @@
 
 use std::io::{self, Write};
 
+use super::send::SendError;
 use super::source::TransferSource;
 use super::{BUFFER_SIZE, TransferError, TransferProgress};
 use crate::formats::android::{
     AndroidContent, AndroidPlan, AndroidRun, AndroidWriter, whole_blocks,
 };
 use crate::host::os_message;
-
-/// The end of the transfer that failed.
-enum AndroidSendError {
-    Source(io::Error),
-    Output(io::Error),
-}
 
 /// Sends all of `source` as an Android sparse image.
 ///
@@ -37,11 +32,11 @@ pub(super) fn send<W: Write>(
     };
     let (runs, plan) = plan_image(source, size)?;
     let mut progress = TransferProgress { size: Some(size), ..TransferProgress::default() };
-    let write = || -> Result<(), AndroidSendError> {
-        let mut writer = AndroidWriter::new(out, plan).map_err(AndroidSendError::Output)?;
+    let write = || -> Result<(), SendError> {
+        let mut writer = AndroidWriter::new(out, plan).map_err(SendError::Output)?;
         let mut buffer = vec![0; BUFFER_SIZE];
         for run in &runs {
-            writer.start_run(run).map_err(AndroidSendError::Output)?;
+            writer.start_run(run).map_err(SendError::Output)?;
             let len = run.range.end - run.range.start;
             if run.content == AndroidContent::Data {
                 send_data(source, run, &mut writer, &mut buffer, &mut |len| {
@@ -55,18 +50,12 @@ pub(super) fn send<W: Write>(
                 on_progress(&progress);
             }
         }
-        writer.finish().map(drop).map_err(AndroidSendError::Output)
+        writer.finish().map(drop).map_err(SendError::Output)
     };
     match write() {
         Ok(()) if source.has_shrunk() => Err(source.shrunk_error()),
         Ok(()) => Ok(progress),
-        Err(AndroidSendError::Output(error)) => Err(TransferError::Output(os_message(&error))),
-        Err(AndroidSendError::Source(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            Err(source.shrunk_error())
-        }
-        Err(AndroidSendError::Source(error)) => {
-            Err(TransferError::host("read", source.path(), &error))
-        }
+        Err(failed) => Err(failed.explain(source)),
     }
 }
 
@@ -105,12 +94,12 @@ fn send_data<W: Write>(
     writer: &mut AndroidWriter<W>,
     buffer: &mut [u8],
     sent: &mut dyn FnMut(u64),
-) -> Result<(), AndroidSendError> {
+) -> Result<(), SendError> {
     let mut at = run.range.start;
     while at < run.range.end {
         let len = usize::try_from(run.range.end - at).unwrap_or(BUFFER_SIZE).min(BUFFER_SIZE);
-        source.read_at(&mut buffer[..len], at).map_err(AndroidSendError::Source)?;
-        writer.write_bytes(&buffer[..len]).map_err(AndroidSendError::Output)?;
+        source.read_at(&mut buffer[..len], at).map_err(SendError::Source)?;
+        writer.write_bytes(&buffer[..len]).map_err(SendError::Output)?;
         at += len as u64;
         sent(len as u64);
     }

@@ -20,7 +20,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use self::head::StreamHead;
-use self::preflight::{ReceiveTarget, device_resume_error};
+use self::preflight::{CheckedDestination, device_resume_error};
 use self::receiver::Receiver;
 use super::destination::Destination;
 use super::state::ReceiveState;
@@ -92,23 +92,24 @@ pub fn receive<R: Read>(
     plan: &ReceivePlan,
     on_progress: &mut dyn FnMut(&TransferProgress),
 ) -> Result<Received, TransferError> {
-    let target = ReceiveTarget::of(plan)?;
+    let destination = CheckedDestination::of(plan)?;
     match plan.frames {
         TransferFormat::Raw => {
-            let mut receiver = Receiver::open(target, plan, &StreamHead::default(), on_progress)?;
+            let mut receiver =
+                Receiver::open(destination, plan, &StreamHead::default(), on_progress)?;
             let read = receiver.receive_raw(input);
             receiver.finish(read)
         }
         TransferFormat::Rbd => {
             let mut wire = CheckedReader::new(input).map_err(|error| start_error(&error))?;
             let head = StreamHead::read(&mut wire).map_err(|error| start_error(&error))?;
-            let mut receiver = Receiver::open(target, plan, &head, on_progress)?;
+            let mut receiver = Receiver::open(destination, plan, &head, on_progress)?;
             let read = receiver.receive_records(&mut wire, head);
             receiver.finish(read)
         }
         TransferFormat::AndroidSparse => {
             let (mut image, head) = android::open_image(input)?;
-            let mut receiver = Receiver::open(target, plan, &head, on_progress)?;
+            let mut receiver = Receiver::open(destination, plan, &head, on_progress)?;
             let read = receiver.receive_android(&mut image);
             receiver.finish(read)
         }

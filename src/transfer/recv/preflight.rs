@@ -11,8 +11,8 @@ use super::{ReceivePlan, ReceiveStart};
 use crate::config::Overwrite;
 use crate::part_file::PartFile;
 
-/// A place that can receive a stream.
-pub(super) enum ReceiveTarget {
+/// A destination that may be written to, as far as is known before the stream begins.
+pub(super) enum CheckedDestination {
     File {
         name: PathBuf,
         owner: Option<FileOwner>,
@@ -22,7 +22,7 @@ pub(super) enum ReceiveTarget {
     Device(PathBuf),
 }
 
-impl ReceiveTarget {
+impl CheckedDestination {
     pub(super) fn of(plan: &ReceivePlan) -> Result<Self, TransferError> {
         let destination = Destination::of(&plan.path)?;
         let shown = plan.path.display();
@@ -63,16 +63,16 @@ impl ReceiveTarget {
     }
 }
 
-/// Checks whether the stream that begins with `head` may be received into `target`.
+/// Checks whether the stream that begins with `head` may be received into `destination`.
 pub(super) fn check_stream(
     plan: &ReceivePlan,
     head: &StreamHead,
-    target: &ReceiveTarget,
+    destination: &CheckedDestination,
 ) -> Result<(), TransferError> {
-    check_onto(plan, head, target)?;
-    let old = match target {
-        ReceiveTarget::File { state, .. } => state.as_ref(),
-        ReceiveTarget::Device(_) => None,
+    check_onto(plan, head, destination)?;
+    let old = match destination {
+        CheckedDestination::File { state, .. } => state.as_ref(),
+        CheckedDestination::Device(_) => None,
     };
     match (old, head.origin()) {
         (Some(old), _) => check_resume(plan, head, old),
@@ -89,7 +89,7 @@ pub(super) fn check_stream(
 fn check_onto(
     plan: &ReceivePlan,
     head: &StreamHead,
-    target: &ReceiveTarget,
+    destination: &CheckedDestination,
 ) -> Result<(), TransferError> {
     let line = match (&head.since, &plan.onto) {
         (Some(since), None) => format!(
@@ -100,7 +100,7 @@ fn check_onto(
             "the stream holds all of a disk: leave --onto out, it is for what 'send --since' makes"
                 .to_owned()
         }
-        (_, Some(_)) if matches!(target, ReceiveTarget::Device(_)) => {
+        (_, Some(_)) if matches!(destination, CheckedDestination::Device(_)) => {
             format!("'{}' is a device: changes are received into a file", plan.path.display())
         }
         _ => return Ok(()),

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::super::destination::FileOwner;
-use super::super::onto;
+use super::super::old_copy;
 use super::super::source::TransferSource;
 use super::super::state::{ReceiveState, StateWriter};
-use super::super::target::{TargetKind, TargetWriter, device_size};
+use super::super::target_writer::{TargetKind, TargetWriter, device_size};
 use super::super::{TransferError, TransferFormat, TransferProgress};
 use super::head::StreamHead;
-use super::preflight::{ReceiveTarget, check_stream};
+use super::preflight::{CheckedDestination, check_stream};
 use super::{ReceivePlan, Received};
 use crate::config::{Overwrite, format_size};
 use crate::confined;
@@ -41,17 +41,17 @@ pub(super) struct Receiver<'a> {
 }
 
 impl<'a> Receiver<'a> {
-    /// Prepares `target` for the stream that begins with `head`.
+    /// Prepares `destination` for the stream that begins with `head`.
     pub(super) fn open(
-        target: ReceiveTarget,
+        destination: CheckedDestination,
         plan: &ReceivePlan,
         head: &StreamHead,
         on_progress: &'a mut dyn FnMut(&TransferProgress),
     ) -> Result<Self, TransferError> {
-        check_stream(plan, head, &target)?;
-        match target {
-            ReceiveTarget::Device(path) => Self::open_device(path, plan, head, on_progress),
-            ReceiveTarget::File { name, owner, part, state } => {
+        check_stream(plan, head, &destination)?;
+        match destination {
+            CheckedDestination::Device(path) => Self::open_device(path, plan, head, on_progress),
+            CheckedDestination::File { name, owner, part, state } => {
                 let part = match (part, state) {
                     (Some(part), Some(old)) => (resume_part(part, &old, head)?, old.overwrite),
                     (old, _) => (create_part(&name, old, owner)?, false),
@@ -113,7 +113,7 @@ impl<'a> Receiver<'a> {
             confined::open_input(path, confined::FileAccess::Read)
                 .map_err(|error| TransferError::host("read", path, &error))?;
             let source = TransferSource::open(path)?;
-            onto::copy(&source, part.file(), origin)
+            old_copy::copy(&source, part.file(), origin)
                 .map_err(|error| TransferError::host("copy", path, &error))?;
             clean = u64::MAX;
         }
