@@ -22,7 +22,7 @@ use super::umount::{self, EndMode, UmountArgs};
 use super::{CliError, EXIT_OK};
 use crate::config::{self, CacheMode, SpecError};
 use crate::mount::DaemonMode;
-use crate::stream::sink::StdioMode;
+use crate::stream::context::StdioMode;
 
 /// The helper that this process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

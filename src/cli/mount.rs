@@ -17,7 +17,7 @@ use crate::host::mountinfo;
 use crate::mount::daemon::{self, ForkSide, NoteOutput, StartOutcome, StartupReporter};
 use crate::mount::kernel::{MountHandle, MountHealth, UnmountMode};
 use crate::mount::{self, DaemonMode, MountPlan};
-use crate::stream::sink::StdioMode;
+use crate::stream::context::StdioMode;
 
 #[derive(Debug, Args)]
 pub(super) struct MountArgs {

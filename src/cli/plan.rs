@@ -12,7 +12,7 @@ use crate::config::{self, CacheMode, Config, DiskSpec};
 use crate::confined::{self, FileAccess};
 use crate::host::file_system::{FsKind, HostFs};
 use crate::mount::{DaemonMode, MountPlan, OnChangedBase};
-use crate::stream::sink::StdioMode;
+use crate::stream::context::StdioMode;
 use crate::trust;
 use crate::trusted_path;
 

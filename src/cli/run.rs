@@ -31,7 +31,7 @@ use crate::host::stat_fields;
 use crate::mount::kernel::MountHandle;
 use crate::mount::{DaemonMode, MountPlan, daemon};
 use crate::stream::UnmountPolicy;
-use crate::stream::sink::StdioMode;
+use crate::stream::context::StdioMode;
 
 /// Exit code: COMMAND exists and cannot be run.
 const EXIT_CANNOT_RUN: u8 = 126;

@@ -23,8 +23,8 @@ use crate::config::{DiskSpec, check_cache, parse_disk};
 use crate::disk::{self, Disk, InUse, OpenContext, OpenedDisk, split_name};
 use crate::host::is_out_of_space;
 use crate::store::Store;
+use crate::stream::context::StdioMode;
 use crate::stream::output::{DrainTimeout, OutputState};
-use crate::stream::sink::StdioMode;
 use crate::stream::{Stream, UnmountPolicy};
 
 /// Time limit for requests in progress when a disk is removed.

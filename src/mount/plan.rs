@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::config::{CacheMode, DiskSource, DiskSpec, Flow, MountOptions, SinkSpec};
-use crate::stream::sink::StdioMode;
+use crate::stream::context::StdioMode;
 
 /// Policy for a base that changed under its overlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,6 @@
-//! Named pipes as ends of a stream: created for their owner, and opened without waiting.
+//! Named pipes as ends of a stream: created for their owner, and opened without waiting. Also the
+//! size and the mode of every pipe that carries a stream.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -8,10 +8,15 @@ use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, mkfifoat};
 use rustix::io::Errno;
+use rustix::pipe::fcntl_setpipe_size;
 
 use super::error::StreamOpenError;
 use crate::confined::is_own;
 use crate::trusted_path;
+
+/// The size of a pipe in bytes: 1 MiB, the most that an unprivileged process may ask for. It evens
+/// out the speeds of its two ends.
+const PIPE_SIZE: usize = 1 << 20;
 
 /// Creates the named pipe `path`, for its owner only, if nothing is there.
 ///
@@ -84,8 +89,14 @@ pub(super) fn open(path: &Path, access: OFlags) -> io::Result<OwnedFd> {
 }
 
 /// Returns the descriptor of `file`, set to `O_NONBLOCK`.
-pub(super) fn set_nonblocking(file: File) -> Result<OwnedFd, Errno> {
-    let fd = OwnedFd::from(file);
+pub(super) fn set_nonblocking(file: impl Into<OwnedFd>) -> Result<OwnedFd, Errno> {
+    let fd = file.into();
     fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
     Ok(fd)
+}
+
+/// Makes `pipe` as large as it may be.
+pub(super) fn enlarge(pipe: &OwnedFd) {
+    // The user's limit on pipe memory may be used up; a smaller pipe is only slower.
+    let _: Result<usize, Errno> = fcntl_setpipe_size(pipe, PIPE_SIZE);
 }

@@ -15,6 +15,7 @@
 //! and replies are called without it.
 
 pub mod command;
+pub mod context;
 pub mod error;
 mod fifo;
 pub mod guard;

@@ -14,14 +14,13 @@ use rustix::event::PollFlags;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
-use rustix::pipe::fcntl_setpipe_size;
 
-use super::command::{PIPE_SIZE, PipeEnd, Pipeline};
+use super::command::{PipeEnd, Pipeline};
+use super::context::{StdioMode, StreamContext};
 use super::error::StreamOpenError;
 use super::fifo::{self, file_type_name};
 use super::input::Source;
 use super::monitor::Monitor;
-use super::sink::{StdioMode, StreamContext};
 use super::stdio::{self, Direction, FdMode};
 use super::stop::Stop;
 use crate::base::self_reference::check_self_reference;
@@ -131,8 +130,7 @@ fn open_fifo(path: &Path, context: &StreamContext<'_>) -> Result<OpenedSource, S
     fifo::create_missing(path)?;
     let fd = fifo::open(path, OFlags::RDONLY)
         .map_err(|error| StreamOpenError::host("read", path, &error))?;
-    // The user's limit on pipe memory may be used up; a smaller pipe is only slower.
-    let _: Result<usize, Errno> = fcntl_setpipe_size(&fd, PIPE_SIZE);
+    fifo::enlarge(&fd);
     let label = format!("fifo:{}", path.display());
     Ok((fd, FdMode::NonBlocking, Monitor::new("fifo", &label, None)))
 }

@@ -8,10 +8,10 @@ use std::thread::{self, JoinHandle};
 
 use parking_lot::Mutex;
 use rustix::event::PollFlags;
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 
+use super::fifo;
 use super::stop::Stop;
 
 /// The number of bytes kept from the end.
@@ -43,7 +43,7 @@ impl StderrTail {
     /// Creates a pipe; returns it and the write end for the programs.
     pub(super) fn new() -> io::Result<(Self, OwnedFd)> {
         let (fd, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
-        fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+        let fd = fifo::set_nonblocking(fd)?;
         let shared =
             Arc::new(StderrPipe { fd, tail: Mutex::new(VecDeque::with_capacity(TAIL_LEN)) });
         let stop = Stop::new()?;

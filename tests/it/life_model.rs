@@ -23,7 +23,7 @@ use cowslip::host::os_error;
 use cowslip::layer::Wait;
 use cowslip::overlay::persist::OverlayPath;
 use cowslip::overlay::recover::Recovered;
-use cowslip::stream::sink::StdioMode;
+use cowslip::stream::context::StdioMode;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 
-use crate::stream::sink::StdioMode;
+use crate::stream::context::StdioMode;
 
 /// The settings of a mount that apply to all its disks.
 pub struct OpenContext<'a> {

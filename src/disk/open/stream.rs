@@ -19,9 +19,10 @@ use crate::disk::layers::{LayerStack, Top};
 use crate::host::temporary_dir;
 use crate::layer::{Layer, WritableLayer};
 use crate::stream::Stream;
+use crate::stream::context::StreamContext;
 use crate::stream::input::Input;
 use crate::stream::output::Output;
-use crate::stream::sink::{HostSink, StreamContext, StreamOpenError};
+use crate::stream::sink::{HostSink, StreamOpenError};
 use crate::stream::source::HostSource;
 use crate::stream::stop::Stop;
 

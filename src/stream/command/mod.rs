@@ -29,7 +29,6 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
 };
 
-pub(super) use self::start::PIPE_SIZE;
 pub use self::start::PipeEnd;
 use self::start::{StartingPrograms, data_pipe, pid_of, pipe_error, program_name, start_guard};
 use super::guard::{self, GuardProcess};

@@ -7,19 +7,14 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::io::Errno;
-use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::config::Programs;
 use crate::host::os_message;
 use crate::process::restore_caller_limits;
+use crate::stream::fifo;
 use crate::stream::guard::GuardProcess;
-
-/// The size of the pipe in bytes: 1 MiB, the most that an unprivileged process may ask for. It
-/// evens out the speeds of its two ends.
-pub(in crate::stream) const PIPE_SIZE: usize = 1 << 20;
 
 /// The end of the pipeline that the daemon holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,9 +109,8 @@ pub(super) fn data_pipe(end: PipeEnd) -> io::Result<(OwnedFd, OwnedFd)> {
         PipeEnd::Output => (reader, writer),
     };
     // The two ends have separate flags: the programs' end stays blocking.
-    fcntl_setfl(&ours, fcntl_getfl(&ours)? | OFlags::NONBLOCK)?;
-    // The user's limit on pipe memory may be used up; a smaller pipe is only slower.
-    let _: Result<usize, Errno> = fcntl_setpipe_size(&ours, PIPE_SIZE);
+    let ours = fifo::set_nonblocking(ours)?;
+    fifo::enlarge(&ours);
     Ok((ours, theirs))
 }
 

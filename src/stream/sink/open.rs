@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use super::seekable::SeekableWriter;
 use super::wire::WireWriter;
-use super::{HostSink, Monitor, SinkBackend, StdioMode, StreamContext, StreamOpenError};
+use super::{HostSink, Monitor, SinkBackend, StreamOpenError};
 use crate::base::lock;
 use crate::base::raw::HostKind;
 use crate::base::self_reference::check_self_reference;
@@ -22,6 +22,7 @@ use crate::confined::PathHandle;
 use crate::part_file::{PartFile, PartFileError};
 use crate::process::new_file_mode;
 use crate::stream::command::{PipeEnd, Pipeline};
+use crate::stream::context::{StdioMode, StreamContext};
 use crate::stream::fifo::{self, file_type_name};
 use crate::stream::stdio::{self, Direction, FdMode};
 use crate::stream::stop::Stop;

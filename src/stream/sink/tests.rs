@@ -17,6 +17,7 @@ use crate::config::{
     StreamSpec,
 };
 use crate::formats::rbd::{RbdDecoder, RbdRecord};
+use crate::stream::context::{StdioMode, StreamContext};
 use crate::stream::fifo;
 
 pub(in crate::stream) fn spec(dir: &Path, size: u64) -> StreamSpec {

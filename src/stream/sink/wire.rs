@@ -9,10 +9,9 @@ use rustix::event::{PollFlags, Timespec};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
-use rustix::pipe::{IoSliceRaw, SpliceFlags, fcntl_setpipe_size, vmsplice};
+use rustix::pipe::{IoSliceRaw, SpliceFlags, vmsplice};
 
 use crate::host::os_error;
-use crate::stream::command::PIPE_SIZE;
 use crate::stream::fifo;
 use crate::stream::stdio::{FdMode, PIPE_BUF};
 use crate::stream::stop::Stop;
@@ -64,9 +63,7 @@ impl WireWriter {
                 }
                 Err(error) => return Err(error),
                 Ok(fd) => {
-                    // The user's limit on pipe memory may be used up; a smaller pipe is only
-                    // slower.
-                    let _: Result<usize, Errno> = fcntl_setpipe_size(&fd, PIPE_SIZE);
+                    fifo::enlarge(&fd);
                     return Ok(Self::new(fd, FdMode::NonBlocking, stop));
                 }
             }
