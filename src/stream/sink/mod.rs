@@ -20,6 +20,7 @@ mod open;
 mod seekable;
 #[cfg(test)]
 pub(super) mod tests;
+mod vectored;
 mod watcher;
 mod wire;
 

@@ -7,7 +7,7 @@ use std::ops::Range;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::wire::{MAX_WRITE, ZEROS, fitting_count};
+use super::vectored::{MAX_WRITE, fitting_count, write_parts, write_some_zeros};
 use crate::base::raw::HostKind;
 use crate::host::{
     PUNCH_OR_ZERO, is_fallocate_unsupported, os_error, whole_device_blocks, zero_by_host,
@@ -17,9 +17,6 @@ use crate::stream::stop::Stop;
 /// The most bytes of a gap discarded in one call: 1 GiB. A discard may be slow, and the stop signal
 /// is checked between two calls.
 const MAX_DISCARD: u64 = 1 << 30;
-
-/// The number of pieces in 1 MiB of zeros, for one call.
-const ZERO_IOVECS: usize = MAX_WRITE / ZEROS.len();
 
 /// A writer to a file or device.
 #[derive(Debug)]
@@ -44,16 +41,12 @@ impl SeekableWriter {
         parts: &[IoSlice<'_>],
         mut passed: impl FnMut(u64),
     ) -> io::Result<()> {
-        let mut parts = parts.to_vec();
-        let mut left = &mut parts[..];
-        IoSlice::advance_slices(&mut left, 0);
-        while !left.is_empty() {
+        write_parts(parts, |left| {
             let written = self.write_some(left, offset)?;
             passed(written as u64);
             offset += written as u64;
-            IoSlice::advance_slices(&mut left, written);
-        }
-        Ok(())
+            Ok(written)
+        })
     }
 
     /// Writes zeros to `range`, as data.
@@ -62,16 +55,9 @@ impl SeekableWriter {
         range: Range<u64>,
         mut passed: impl FnMut(u64),
     ) -> io::Result<()> {
-        let pieces = [IoSlice::new(&ZEROS); ZERO_IOVECS];
         let mut at = range.start;
         while at < range.end {
-            let written = match usize::try_from(range.end - at) {
-                Ok(last) if last < ZEROS.len() => {
-                    self.write_some(&[IoSlice::new(&ZEROS[..last])], at)
-                }
-                Ok(some) => self.write_some(&pieces[..ZERO_IOVECS.min(some / ZEROS.len())], at),
-                Err(_) => self.write_some(&pieces, at),
-            }? as u64;
+            let written = write_some_zeros(range.end - at, |pieces| self.write_some(pieces, at))?;
             passed(written);
             at += written;
         }

@@ -11,6 +11,9 @@ use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use rustix::pipe::{IoSliceRaw, SpliceFlags, vmsplice};
 
+use super::vectored::{
+    MAX_IOVECS, MAX_WRITE, ZERO_IOVECS, ZERO_PIECE, fitting_count, write_parts, write_some_zeros,
+};
 use crate::host::os_error;
 use crate::stream::fifo;
 use crate::stream::stdio::{FdMode, PIPE_BUF};
@@ -19,19 +22,6 @@ use crate::stream::stop::Stop;
 /// The interval at which `open_fifo` checks for a reader: an open(2) that blocks until there is one
 /// could not be stopped.
 const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
-
-/// The source of written zeros: 64 KiB.
-pub(super) static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
-
-/// The most pieces in one call (`IOV_MAX`).
-const MAX_IOVECS: usize = 1024;
-
-/// The most bytes in one write to a file: 1 MiB, which takes only a moment; the stop signal is
-/// checked between two calls.
-pub(super) const MAX_WRITE: usize = 1 << 20;
-
-/// The number of pieces in 1 MiB of zeros, as much as a pipe holds.
-const ZERO_IOVECS: usize = MAX_WRITE / ZEROS.len();
 
 /// A writer to a sequential target.
 #[derive(Debug)]
@@ -77,20 +67,15 @@ impl WireWriter {
         parts: &[IoSlice<'_>],
         mut passed: impl FnMut(u64),
     ) -> io::Result<()> {
-        let mut parts = parts.to_vec();
-        let mut left = &mut parts[..];
-        IoSlice::advance_slices(&mut left, 0);
-        while !left.is_empty() {
+        write_parts(parts, |left| {
             let len = self.write_some(left)?;
             passed(len as u64);
-            IoSlice::advance_slices(&mut left, len);
-        }
-        Ok(())
+            Ok(len)
+        })
     }
 
     /// Writes `len` zeros, as [`Self::write_all`] does.
     pub(super) fn write_zeros(&self, len: u64, mut passed: impl FnMut(u64)) -> io::Result<()> {
-        let pieces = [IoSlice::new(&ZEROS); ZERO_IOVECS];
         let mut left = len;
         while left > 0 {
             if let Some(lent) = self.splice_zeros(left)? {
@@ -98,11 +83,7 @@ impl WireWriter {
                 left -= lent;
                 continue;
             }
-            let written = match usize::try_from(left) {
-                Ok(last) if last < ZEROS.len() => self.write_some(&[IoSlice::new(&ZEROS[..last])]),
-                Ok(some) => self.write_some(&pieces[..ZERO_IOVECS.min(some / ZEROS.len())]),
-                Err(_) => self.write_some(&pieces),
-            }? as u64;
+            let written = write_some_zeros(left, |pieces| self.write_some(pieces))?;
             passed(written);
             left -= written;
         }
@@ -112,11 +93,11 @@ impl WireWriter {
     /// Puts pages of zeros into a pipe without copying them; returns `None` if the target is not a
     /// pipe, or for the last few bytes.
     fn splice_zeros(&self, left: u64) -> io::Result<Option<u64>> {
-        if self.mode != FdMode::NonBlocking || left < ZEROS.len() as u64 {
+        if self.mode != FdMode::NonBlocking || left < ZERO_PIECE.len() as u64 {
             return Ok(None);
         }
-        let count = usize::try_from(left / ZEROS.len() as u64).unwrap_or(ZERO_IOVECS);
-        let pieces = [(); ZERO_IOVECS].map(|()| IoSliceRaw::from_slice(&ZEROS));
+        let count = usize::try_from(left / ZERO_PIECE.len() as u64).unwrap_or(ZERO_IOVECS);
+        let pieces = [(); ZERO_IOVECS].map(|()| IoSliceRaw::from_slice(&ZERO_PIECE));
         loop {
             if self.stop.is_stopped() {
                 return Err(os_error(libc::ECANCELED));
@@ -180,14 +161,4 @@ impl WireWriter {
             },
         }
     }
-}
-
-/// Returns how many of `parts` fit into one call; 0 if the first alone is too large.
-pub(super) fn fitting_count(parts: &[IoSlice<'_>]) -> usize {
-    let mut total = 0;
-    let fits = |part: &&IoSlice<'_>| {
-        total += part.len();
-        total <= MAX_WRITE
-    };
-    parts.iter().take(MAX_IOVECS).take_while(fits).count()
 }

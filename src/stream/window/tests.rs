@@ -251,7 +251,7 @@ fn too_many_sent_runs_are_joined() {
 }
 
 #[test]
-fn joining_runs_does_not_change_unsent_runs() {
+fn joining_runs_does_not_change_unaccepted_runs() {
     let mut window = Window::new(1 << 30, 0, 0);
     window.max_runs = 4;
     for at in 0..8u64 {
