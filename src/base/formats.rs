@@ -128,26 +128,26 @@ impl BaseFormat {
         matches!(self.support, Support::Bytes)
     }
 
-    /// Opens the image in `host`, of a format that was checked.
+    /// Opens the image in `file`, of a format that was checked.
     ///
     /// # Errors
     /// The errors of the format's own reader.
     pub(super) fn open(
         &self,
-        host: BaseFile,
+        file: BaseFile,
         options: &BaseOptions<'_>,
     ) -> Result<OpenedImage, BaseError> {
         match self.support {
-            Support::Read(open) => open(host, options),
+            Support::Read(open) => open(file, options),
             Support::Bytes | Support::Encrypted | Support::No => {
-                Ok(OpenedImage { layer: host.raw, needs: Vec::new() })
+                Ok(OpenedImage { layer: file.raw, needs: Vec::new() })
             }
         }
     }
 }
 
-fn open_qcow2(host: BaseFile, options: &BaseOptions<'_>) -> Result<OpenedImage, BaseError> {
-    let chain = qcow2::open(host, options.allow_backing, options.locking)?;
+fn open_qcow2(file: BaseFile, options: &BaseOptions<'_>) -> Result<OpenedImage, BaseError> {
+    let chain = qcow2::open(file, options.allow_backing, options.locking)?;
     let needs = chain.needs().to_vec();
     Ok(OpenedImage { layer: Arc::new(chain), needs })
 }
@@ -159,12 +159,12 @@ fn open_qcow2(host: BaseFile, options: &BaseOptions<'_>) -> Result<OpenedImage, 
 /// The host's errno when the file cannot be read.
 pub(super) fn check_format(
     path: &Path,
-    host: &BaseFile,
+    file: &BaseFile,
     format: Option<Format>,
 ) -> io::Result<Result<&'static BaseFormat, BaseError>> {
     let found = match format {
         Some(format) => BaseFormat::of(format),
-        None => detect(&host.file, host.size)?,
+        None => detect(&file.file, file.size)?,
     };
     let (path, looks) = (path.to_owned(), found.format);
     Ok(match found.support {

@@ -145,16 +145,16 @@ pub fn open(source: &DiskSource, options: BaseOptions<'_>) -> Result<Base, BaseE
 
 fn open_file(path: &Path, options: &BaseOptions<'_>) -> Result<Base, BaseError> {
     let BaseOptions { part, access, locking, passthrough, direct, .. } = *options;
-    let host = open_base_file(path, access, locking, passthrough, direct)?;
+    let base_file = open_base_file(path, access, locking, passthrough, direct)?;
     let unreadable = |error: io::Error| BaseError::from_io(path, access, error);
-    let format = check_format(path, &host, options.format).map_err(unreadable)??;
+    let format = check_format(path, &base_file, options.format).map_err(unreadable)??;
     if access == BaseAccess::Write && !format.is_plain() {
         return Err(BaseError::ReadOnlyFormat { path: path.to_owned(), format: format.format });
     }
-    let real = host.real_path.clone();
-    let (file, raw) = (Arc::clone(&host.file), Arc::clone(&host.raw));
-    let sector = host.sector_size().map_err(unreadable)?;
-    let OpenedImage { layer: whole, needs } = format.open(host, options)?;
+    let real = base_file.real_path.clone();
+    let (file, raw) = (Arc::clone(&base_file.file), Arc::clone(&base_file.raw));
+    let sector = base_file.sector_size().map_err(unreadable)?;
+    let OpenedImage { layer: whole, needs } = format.open(base_file, options)?;
     if passthrough == Passthrough::On && (!format.is_plain() || sector.is_some()) {
         return Err(BaseError::NoPassthrough(path.to_owned()));
     }
