@@ -30,13 +30,13 @@ impl Watcher {
     pub(super) fn start(
         wire: Option<Arc<OwnedFd>>,
         monitor: Monitor,
-        tell: SinkCallback,
+        on_event: SinkCallback,
     ) -> io::Result<Self> {
         let stop = Stop::new()?;
         let until = stop.clone();
         let thread = Builder::new()
             .name("cowslip-watch".to_owned())
-            .spawn(move || watch(wire, &monitor, &until, &tell))?;
+            .spawn(move || watch(wire, &monitor, &until, &on_event))?;
         Ok(Self { stop, thread: Some(thread) })
     }
 }
@@ -50,14 +50,14 @@ impl Drop for Watcher {
     }
 }
 
-fn watch(mut wire: Option<Arc<OwnedFd>>, monitor: &Monitor, stop: &Stop, tell: &SinkCallback) {
+fn watch(mut wire: Option<Arc<OwnedFd>>, monitor: &Monitor, stop: &Stop, on_event: &SinkCallback) {
     let mut running = monitor.pipeline().map_or_else(Vec::new, Pipeline::pidfds);
     while wire.is_some() || !running.is_empty() {
         let Ok((has_readers, ended)) = wait(wire.as_deref(), &running, stop) else { return };
         if ended.iter().any(|ended| *ended)
             && let Some(why) = monitor.failure()
         {
-            return tell(SinkEvent::Failed(why));
+            return on_event(SinkEvent::Failed(why));
         }
         let mut ended = ended.into_iter();
         running.retain(|_| ended.next() != Some(true));
@@ -65,7 +65,7 @@ fn watch(mut wire: Option<Arc<OwnedFd>>, monitor: &Monitor, stop: &Stop, tell: &
             // Waits for a command that is about to exit with a reason.
             let why = monitor.explain(&os_error(libc::EPIPE));
             wire = None;
-            tell(SinkEvent::Gone(why));
+            on_event(SinkEvent::Gone(why));
         }
     }
 }
