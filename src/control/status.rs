@@ -11,7 +11,7 @@ use super::api::{
 };
 use super::{Control, json_line};
 use crate::catalog::CatalogEntry;
-use crate::disk::{Disk, LayerUsage, OverlayDirState, PartitionFile};
+use crate::disk::{Disk, HydrationPhase, LayerUsage, OverlayDirState, PartitionFile};
 use crate::overlay::Usage;
 use crate::overlay::recover::Recovered;
 use crate::stream::Stream;
@@ -142,7 +142,7 @@ fn block_overlay_status(disk: &Disk) -> Option<OverlayStatus> {
         blocks: Some(BlockOverlayStatus {
             doing: disk.operation().map(str::to_owned),
             committing: overlay.is_committing(),
-            hydration: disk.hydration_status().map(|state| HydrationState::from(state.to_owned())),
+            hydration: disk.hydration_phase().map(HydrationState::from),
             done,
             total,
             limit: disk.limit(),
@@ -181,6 +181,15 @@ fn free_on_host(disk: &Disk) -> u64 {
 /// Returns the bytes that a file takes on the host.
 fn allocated_on_host(file: &File) -> u64 {
     file.metadata().map_or(0, |found| found.blocks() * 512)
+}
+
+impl From<HydrationPhase> for HydrationState {
+    fn from(phase: HydrationPhase) -> Self {
+        match phase {
+            HydrationPhase::Running => Self::Running,
+            HydrationPhase::Paused => Self::Paused,
+        }
+    }
 }
 
 impl From<LayerUsage> for LayerStatus {

@@ -34,6 +34,15 @@ pub enum HydrateCommand {
     Cancel,
 }
 
+/// The state of a hydration that has begun and not ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HydrationPhase {
+    /// Bytes are being copied.
+    Running,
+    /// The hydration waits for a command to go on.
+    Paused,
+}
+
 /// The state of a disk's hydration.
 #[derive(Debug, Default)]
 pub(super) struct Hydration {
@@ -56,10 +65,14 @@ impl Hydration {
         self.is_running.store(true, Ordering::SeqCst);
     }
 
-    /// The state for `status`; `None` without a hydration.
-    fn status(&self) -> Option<&'static str> {
-        let running = self.is_running.load(Ordering::SeqCst);
-        running.then(|| if self.is_paused.load(Ordering::SeqCst) { "paused" } else { "running" })
+    /// The phase of the hydration; `None` when there is none.
+    fn phase(&self) -> Option<HydrationPhase> {
+        self.is_running.load(Ordering::SeqCst).then(|| {
+            match self.is_paused.load(Ordering::SeqCst) {
+                true => HydrationPhase::Paused,
+                false => HydrationPhase::Running,
+            }
+        })
     }
 
     /// Applies `command`; returns `false` without a hydration.
@@ -92,10 +105,10 @@ impl Hydration {
 }
 
 impl Disk {
-    /// The state of a hydration, for `status`; `None` when there is none.
+    /// The phase of the hydration; `None` when there is none.
     #[must_use]
-    pub fn hydration_status(&self) -> Option<&'static str> {
-        self.hydration.status()
+    pub fn hydration_phase(&self) -> Option<HydrationPhase> {
+        self.hydration.phase()
     }
 
     /// Applies `command` to the running hydration; returns `false` when there is none.

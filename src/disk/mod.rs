@@ -69,8 +69,8 @@ pub use self::fetch::PrefetchMode;
 use self::gate::Gate;
 use self::history::History;
 pub use self::history::{DiffBase, Difference, LayerUsage, LayerUsers, SnapshotInfo};
-pub use self::hydrate::HydrateCommand;
 use self::hydrate::Hydration;
+pub use self::hydrate::{HydrateCommand, HydrationPhase};
 use self::layers::{LayerStack, Top};
 pub use self::open::{
     OpenContext, OpenError, OpenedDisk, clone_stored, create_blank, create_stored, open,
