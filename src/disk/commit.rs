@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::Disk;
 use super::base_description::BaseDescription;
+use super::history::ResetSizes;
 use super::operation::{Force, Operation};
 use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
@@ -234,7 +235,7 @@ impl Disk {
         }
         base.layer.sync().map_err(in_base())?;
         let size = base.layer.size();
-        *self.history.reset_sizes.lock() = (size, size);
+        *self.history.reset_sizes.lock() = ResetSizes { size, lower_limit: size };
         let identity = Identity::of(&base.file).map_err(OperationError::io("reading the base"))?;
         if let OverlayFiles::Persistent(dir) = &mut *self.overlay_location.lock()
             && let BaseRecord::File { path, format, offset, len, needs, .. } =

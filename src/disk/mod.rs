@@ -67,8 +67,8 @@ pub use self::commit::CommitSummary;
 pub use self::disk_file::DiskFile;
 pub use self::fetch::PrefetchMode;
 use self::gate::Gate;
-use self::history::History;
 pub use self::history::{DiffBase, Difference, LayerUsage, LayerUsers, SnapshotInfo};
+use self::history::{History, ResetSizes};
 use self::hydrate::Hydration;
 pub use self::hydrate::{HydrateCommand, HydrationPhase};
 use self::layers::{LayerStack, Top};
@@ -171,7 +171,7 @@ impl Disk {
             partition_files: OnceLock::new(),
             overlay_location: OverlayLocation::none(),
             operations: Operations::default(),
-            history: History::new((0, 0), None),
+            history: History::new(ResetSizes::default(), None),
             copy_up: spec.copy_up,
             hydration: Hydration::default(),
             space_failures: SpaceFailures::default(),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::state::ResetSizes;
 use crate::disk::Disk;
 use crate::disk::operation::Force;
 use crate::disk::operation_error::OperationError;
@@ -128,11 +129,11 @@ impl Disk {
 
     /// The map of an empty top above `below`.
     fn empty_map(&self, parent: TopParent, below: &[Arc<Overlay>]) -> LayerMap {
-        let (size, lower_limit) = match parent {
+        let ResetSizes { size, lower_limit } = match parent {
             TopParent::Base => *self.history.reset_sizes.lock(),
             TopParent::Top | TopParent::Layer(_) => {
                 let size = below.first().map_or(0, |layer| layer.size());
-                (size, size)
+                ResetSizes { size, lower_limit: size }
             }
         };
         LayerMap::new(size, lower_limit)

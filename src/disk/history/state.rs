@@ -18,6 +18,15 @@ use crate::overlay::{Overlay, Usage};
 /// Returns the layers used by the disks other than the given one.
 pub type LayerUsers = Arc<dyn Fn(&Uuid) -> io::Result<HashSet<Uuid>> + Send + Sync>;
 
+/// The sizes of a disk after a reset, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::disk) struct ResetSizes {
+    /// The size of the disk.
+    pub(in crate::disk) size: u64,
+    /// The length of the base that shows through the empty top.
+    pub(in crate::disk) lower_limit: u64,
+}
+
 /// A disk's open sealed layers, the files of its snapshots, and what a new top needs to know.
 pub(in crate::disk) struct History {
     /// Set while there may be layers to merge.
@@ -32,9 +41,8 @@ pub(in crate::disk) struct History {
     pub(super) snapshot_files: Mutex<HashMap<Uuid, Arc<Disk>>>,
     /// The files of differences.
     pub(super) diff_files: Mutex<Vec<DiffFile>>,
-    /// The size of a new overlay above the base, and the length of the base shown through it, in
-    /// bytes.
-    pub(in crate::disk) reset_sizes: Mutex<(u64, u64)>,
+    /// The sizes of an empty top above the base.
+    pub(in crate::disk) reset_sizes: Mutex<ResetSizes>,
     /// How a commit locks the base.
     pub(in crate::disk) locking: Option<Locking>,
     /// The most bytes that all layers of the disk may hold together.
@@ -45,9 +53,8 @@ pub(in crate::disk) struct History {
 }
 
 impl History {
-    /// Creates the state. `reset_sizes` are the size of a new overlay, and the length of the base
-    /// it shows, in bytes.
-    pub(in crate::disk) fn new(reset_sizes: (u64, u64), limit: Option<u64>) -> Self {
+    /// Creates the state of a disk whose layers may hold `limit` bytes together.
+    pub(in crate::disk) fn new(reset_sizes: ResetSizes, limit: Option<u64>) -> Self {
         Self {
             needs_merge: AtomicBool::new(true),
             sealed: Mutex::default(),

@@ -18,7 +18,7 @@ use crate::config::{DiskMode, DiskSource, DiskSpec, Partitions, format_size};
 use crate::disk::Disk;
 use crate::disk::attrs::DiskOwner;
 use crate::disk::base_description::BaseDescription;
-use crate::disk::history::History;
+use crate::disk::history::{History, ResetSizes};
 use crate::disk::layers::{LayerStack, Top};
 use crate::disk::overlay_location::OverlayLocation;
 use crate::host;
@@ -119,7 +119,7 @@ fn with_temporary_overlay(
     let mut disk = Disk::new(spec, Uuid::new_v4(), layers, description, owner);
     let tree = LayerTree::single(Uuid::new_v4(), block);
     disk.overlay_location = OverlayLocation::temporary(tree, dir);
-    disk.history = History::new((size, lower_limit), spec.limit);
+    disk.history = History::new(ResetSizes { size, lower_limit }, spec.limit);
     let summary = format!(
         "{}, temporary overlay: changes end at umount ('cowslip keep' saves them)",
         format_size(size)

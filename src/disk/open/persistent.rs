@@ -15,7 +15,7 @@ use crate::config::{DiskMode, DiskSpec, OverlayKind, format_size};
 use crate::disk::Disk;
 use crate::disk::attrs::{DiskOwner, Times, coarse_now, mtime_of};
 use crate::disk::base_description::BaseDescription;
-use crate::disk::history::History;
+use crate::disk::history::{History, ResetSizes};
 use crate::disk::layers::{LayerStack, Top};
 use crate::disk::overlay_location::OverlayLocation;
 use crate::layer::Layer;
@@ -179,7 +179,8 @@ pub(super) fn assemble_persistent(
     }
     let size = spec.size.unwrap_or(base.size());
     let mut disk = Disk::new(spec, uuid, layers, description, owner);
-    disk.history = History::new((size, size.min(base.size())), spec.limit);
+    disk.history =
+        History::new(ResetSizes { size, lower_limit: size.min(base.size()) }, spec.limit);
     disk.history.locking = Some(spec.locking);
     disk.history.set_sealed(&chain, &below, snapshot_layers);
     disk.attrs.times = Times::new(mtime, chosen, recorded);
