@@ -323,13 +323,13 @@ impl Filesystem for CowslipFs {
             Ok(file) => file,
             Err(error) => return reply.error(error.into()),
         };
-        let Some((change, keep)) = decode::fallocate_mode(mode) else {
+        let Some((change, size_mode)) = decode::fallocate_mode(mode) else {
             return reply.error(Errno::EOPNOTSUPP);
         };
         let Some(end) = offset.checked_add(length) else {
             return reply.error(Errno::EFBIG);
         };
-        self.allocate(&file, offset..end, (change, keep), reply);
+        self.allocate(&file, offset..end, (change, size_mode), reply);
     }
 
     fn lseek(

@@ -69,13 +69,13 @@ impl Disk {
         let locking = self.history.locking.unwrap_or(Locking::Qemu);
         let base = base::open_writable(path, file, view.clone(), locking)
             .map_err(|error| OperationError::Refused(error.to_string()))?;
-        let (size, has) = (self.size(), base.layer.size());
-        if has < size {
+        let (size, base_size) = (self.size(), base.layer.size());
+        if base_size < size {
             return Err(OperationError::Refused(format!(
                 "it is larger ({}) than its base '{}' ({}): shrink it first, or copy it out whole with cp",
                 format_size(size),
                 path.display(),
-                format_size(has)
+                format_size(base_size)
             )));
         }
         check_space(&overlay, &base, self.overlay_dir().as_deref())?;

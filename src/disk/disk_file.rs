@@ -158,16 +158,16 @@ impl DiskFile {
         &self,
         range: Range<u64>,
         change: FallocateMode,
-        keep: SizeMode,
+        size_mode: SizeMode,
         wait: Wait,
     ) -> io::Result<()> {
         let shown = self.disk_range();
-        if keep == SizeMode::Grow && range.end > shown.end - shown.start {
+        if size_mode == SizeMode::Grow && range.end > shown.end - shown.start {
             return Err(os_error(libc::ENOSPC));
         }
-        let keep = if self.is_partition() { SizeMode::Keep } else { keep };
+        let size_mode = if self.is_partition() { SizeMode::Keep } else { size_mode };
         let span = self.span(range.start, range.end - range.start);
-        if span.is_empty() { Ok(()) } else { self.disk.fallocate(span, change, keep, wait) }
+        if span.is_empty() { Ok(()) } else { self.disk.fallocate(span, change, size_mode, wait) }
     }
 
     /// Sets the size as [`Disk::set_size`] does. A partition refuses every other size, except that

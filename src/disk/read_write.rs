@@ -172,14 +172,14 @@ impl Disk {
         &self,
         range: Range<u64>,
         change: FallocateMode,
-        keep: SizeMode,
+        size_mode: SizeMode,
         wait: Wait,
     ) -> io::Result<()> {
         if range.end > MAX_DISK_SIZE {
             return Err(os_error(libc::EFBIG));
         }
         self.check_direct_wait(wait)?;
-        if keep == SizeMode::Grow && range.end > self.size() {
+        if size_mode == SizeMode::Grow && range.end > self.size() {
             let _gate = self.gate.exclusive(wait)?;
             let layers = self.layers();
             if range.end > layers.size() {

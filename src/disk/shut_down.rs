@@ -51,21 +51,21 @@ impl Disk {
     }
 
     /// Shuts down a retired disk that has no name: on return everything is durable, the log is
-    /// closed cleanly and the files are free for others. `last_look` is called when the disk can no
+    /// closed cleanly and the files are free for others. `summarize` is called when the disk can no
     /// longer change.
     ///
     /// A request that still waits for its base after `timeout` keeps the files until it ends.
     ///
     /// # Errors
     /// `ETIMEDOUT` when such a request is left; `EIO` when the disk has latched; the host's errno.
-    pub fn shut_down(&self, timeout: Duration, last_look: impl FnOnce(&Self)) -> io::Result<()> {
+    pub fn shut_down(&self, timeout: Duration, summarize: impl FnOnce(&Self)) -> io::Result<()> {
         let until = Instant::now() + timeout;
         let left = || until.saturating_duration_since(Instant::now());
         self.end_operations(left());
         // No idle thread may be left behind; whether all have finished is checked below.
         self.pools.stop(left());
         let gate = self.gate.close(left());
-        last_look(self);
+        summarize(self);
         let none = Arc::new(LayerStack::read_only(Vec::new(), None));
         let layers = std::mem::replace(&mut *self.layers.write(), none);
         let overlay_dir = self.overlay_location.take();

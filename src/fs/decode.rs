@@ -23,11 +23,14 @@ pub(super) fn is_sync(flags: OpenFlags) -> bool {
 
 /// Decodes the mode of fallocate(2); `None` if unsupported.
 pub(super) fn fallocate_mode(mode: i32) -> Option<(FallocateMode, SizeMode)> {
-    let keep = if mode & libc::FALLOC_FL_KEEP_SIZE != 0 { SizeMode::Keep } else { SizeMode::Grow };
+    let size_mode =
+        if mode & libc::FALLOC_FL_KEEP_SIZE != 0 { SizeMode::Keep } else { SizeMode::Grow };
     match mode & !libc::FALLOC_FL_KEEP_SIZE {
-        0 => Some((FallocateMode::Allocate, keep)),
-        libc::FALLOC_FL_PUNCH_HOLE if keep == SizeMode::Keep => Some((FallocateMode::Punch, keep)),
-        libc::FALLOC_FL_ZERO_RANGE => Some((FallocateMode::Zero, keep)),
+        0 => Some((FallocateMode::Allocate, size_mode)),
+        libc::FALLOC_FL_PUNCH_HOLE if size_mode == SizeMode::Keep => {
+            Some((FallocateMode::Punch, size_mode))
+        }
+        libc::FALLOC_FL_ZERO_RANGE => Some((FallocateMode::Zero, size_mode)),
         _ => None,
     }
 }

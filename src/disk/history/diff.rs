@@ -166,10 +166,10 @@ impl Disk {
         };
         let size = chain.first().map_or(0, |top| top.size());
         let mtime = chain.first().and_then(|layer| layer.mtime()).map_or(0, |(mtime, _)| mtime);
-        let marks =
+        let changes =
             ChangeMap { layers: Sealed::new(chain[..upper].to_vec()), base_size: below, size };
         let frozen = LayerStack::read_only(chain, bottom);
-        let marks = LayerStack::read_only(Vec::new(), Some(Arc::new(marks)));
+        let changes = LayerStack::read_only(Vec::new(), Some(Arc::new(changes)));
         let base = match &*self.described_base() {
             BaseDescription::File { view: Some(_), .. } => DiffBase::Part,
             BaseDescription::File { path, format, .. } => {
@@ -179,7 +179,7 @@ impl Disk {
         };
         Ok(Difference {
             frozen_file: self.add_diff_file(frozen, mtime),
-            changes_file: self.add_diff_file(marks, mtime),
+            changes_file: self.add_diff_file(changes, mtime),
             base,
         })
     }
@@ -194,17 +194,17 @@ impl Disk {
         let uuid = Uuid::new_v4();
         let name = format!("{DIFF_FILE_PREFIX}{uuid}");
         let file = self.make_snapshot_file(&name, (uuid, uuid), layers, mtime);
-        let held = DiffFile { uuid, file, expires: Instant::now() + LOOKUP_TIMEOUT };
-        self.history.diff_files.lock().push(held);
+        let file = DiffFile { uuid, file, expires: Instant::now() + LOOKUP_TIMEOUT };
+        self.history.diff_files.lock().push(file);
         name
     }
 
     /// Returns the file of a difference.
     pub(super) fn diff_file(&self, name: &str) -> Option<Arc<Self>> {
         let uuid = Uuid::parse_str(name.strip_prefix(DIFF_FILE_PREFIX)?).ok()?;
-        let mut held = self.history.diff_files.lock();
+        let mut files = self.history.diff_files.lock();
         let DiffFile { file, expires: until, .. } =
-            held.iter_mut().find(|held| held.uuid == uuid)?;
+            files.iter_mut().find(|file| file.uuid == uuid)?;
         *until = Instant::now() + OPEN_TIMEOUT;
         // A change of the layers drops files that are not open.
         self.history.snapshot_files.lock().entry(uuid).or_insert_with(|| Arc::clone(file));
@@ -213,11 +213,11 @@ impl Disk {
 
     /// Drops files of differences that were not opened in time, or are closed again.
     pub fn release_expired(&self) {
-        let mut held = self.history.diff_files.lock();
-        held.retain(|held| {
-            let is_kept = held.file.handle_count() > 0 || Instant::now() < held.expires;
+        let mut files = self.history.diff_files.lock();
+        files.retain(|diff| {
+            let is_kept = diff.file.handle_count() > 0 || Instant::now() < diff.expires;
             if !is_kept {
-                self.history.snapshot_files.lock().remove(&held.uuid);
+                self.history.snapshot_files.lock().remove(&diff.uuid);
             }
             is_kept
         });

@@ -164,8 +164,8 @@ impl Disk {
         let parent = record.parent;
         let map = LayerMap::new(bottom.size(), bottom.lower_limit());
         let new = self.make_layer(tree, parent, &map, None)?;
-        let absorbed = new.overlay.merge_from(both, &|| operation.must_stop());
-        if let Err(error) = absorbed {
+        let merged = new.overlay.merge_from(both, &|| operation.must_stop());
+        if let Err(error) = merged {
             self.remove_layer(new.uuid);
             return Err(OperationError::io("merging two layers")(error));
         }
@@ -195,7 +195,7 @@ impl Disk {
         lower: Uuid,
         mut new: NewLayer,
     ) -> Result<(), OperationError> {
-        let absorb = |layer: Arc<Overlay>| -> Result<(), OperationError> {
+        let merge = |layer: Arc<Overlay>| -> Result<(), OperationError> {
             let layer = Sealed::new(vec![layer]).ok_or(OperationError::NoOverlay("layers"))?;
             let done = new.overlay.merge_from(&layer, &|| operation.must_stop());
             done.map_err(OperationError::io("merging the newest changes"))
@@ -211,7 +211,7 @@ impl Disk {
                 break;
             }
             self.seal(None)?;
-            absorb(top)?;
+            merge(top)?;
         }
         let layer_cache = self.history.layer_cache();
         let _layers_locked = layer_cache.lock_changes();
@@ -228,7 +228,7 @@ impl Disk {
             if top.is_latched() {
                 return Err(OperationError::Latched);
             }
-            absorb(top)?;
+            merge(top)?;
             sync()?;
             // Set last: the merged data may exceed a limit that was lowered since.
             new.overlay.set_limit(self.limit_above(&below));

@@ -42,14 +42,17 @@ pub(in crate::disk) struct FrozenLayer {
 }
 
 impl Disk {
-    /// Returns the disk's layers and their names; `what` goes into the error.
-    pub(in crate::disk) fn tree(&self, what: &'static str) -> Result<LayerTree, OperationError> {
+    /// Returns the disk's layers and their names; `needed_for` goes into the error.
+    pub(in crate::disk) fn tree(
+        &self,
+        needed_for: &'static str,
+    ) -> Result<LayerTree, OperationError> {
         if self.reflink().is_some() {
             return Err(OperationError::Refused(format!(
-                "its overlay is a reflink copy of the base: only block maps have {what}"
+                "its overlay is a reflink copy of the base: only block maps have {needed_for}"
             )));
         }
-        self.overlay_location.tree().ok_or(OperationError::NoOverlay(what))
+        self.overlay_location.tree().ok_or(OperationError::NoOverlay(needed_for))
     }
 
     /// Takes a snapshot. On return the snapshot exists and contains all earlier writes; but only a
@@ -186,8 +189,8 @@ impl Disk {
         if !is_same || usage != (Usage { data: 0, zero: 0 }) || top.lower_limit() != top.size() {
             self.seal(None)?;
         }
-        let top = self.tree("layers")?.top().and_then(|top| top.parent);
-        top.ok_or(OperationError::NoOverlay("layers"))
+        let sealed = self.tree("layers")?.top().and_then(|top| top.parent);
+        sealed.ok_or(OperationError::NoOverlay("layers"))
     }
 
     /// Seals the disk's contents for a clone.
