@@ -5,6 +5,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use rustix::fs::StatVfs;
 
 use super::Disk;
 use crate::config::format_size;
@@ -23,6 +24,16 @@ pub struct FsSpace {
     pub free: u64,
     /// Free space available to this process, in bytes.
     pub available: u64,
+}
+
+impl From<StatVfs> for FsSpace {
+    fn from(found: StatVfs) -> Self {
+        Self {
+            total: found.f_blocks * found.f_frsize,
+            free: found.f_bfree * found.f_frsize,
+            available: found.f_bavail * found.f_frsize,
+        }
+    }
 }
 
 /// The recent failures for lack of space.
@@ -71,12 +82,7 @@ impl Disk {
         let Some(file) = self.layers().top.data_file() else {
             return Ok(FsSpace { total: self.size(), free: 0, available: 0 });
         };
-        let found = rustix::fs::fstatvfs(&file)?;
-        Ok(FsSpace {
-            total: found.f_blocks * found.f_frsize,
-            free: found.f_bfree * found.f_frsize,
-            available: found.f_bavail * found.f_frsize,
-        })
+        Ok(FsSpace::from(rustix::fs::fstatvfs(&file)?))
     }
 
     /// Returns `done` unchanged, and records it if it failed for lack of space.

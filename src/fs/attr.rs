@@ -93,12 +93,7 @@ fn space_of(dir: Option<&Path>) -> io::Result<FsSpace> {
     let Some(dir) = dir else {
         return Ok(FsSpace { total: 0, free: 0, available: 0 });
     };
-    let found = rustix::fs::statvfs(dir)?;
-    Ok(FsSpace {
-        total: found.f_blocks * found.f_frsize,
-        free: found.f_bfree * found.f_frsize,
-        available: found.f_bavail * found.f_frsize,
-    })
+    Ok(FsSpace::from(rustix::fs::statvfs(dir)?))
 }
 
 impl CowslipFs {
