@@ -20,7 +20,7 @@ pub(super) fn remove_on_signal(path: PathBuf) -> io::Result<()> {
     let fatal =
         [SIGINT, SIGTERM, SIGHUP, SIGQUIT].into_iter().filter(|signal| !is_ignored(*signal));
     let mut signals = Signals::new(fatal)?;
-    thread::Builder::new().name("cowslip-tidy".to_owned()).spawn(move || {
+    thread::Builder::new().name("cowslip-cleanup".to_owned()).spawn(move || {
         if let Some(signal) = signals.forever().next() {
             remove_path(&path);
             let _ = signal_hook::low_level::emulate_default_handler(signal);

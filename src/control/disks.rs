@@ -28,7 +28,7 @@ use crate::stream::output::{DrainTimeout, OutputState};
 use crate::stream::{Stream, UnmountPolicy};
 
 /// Time limit for requests in progress when a disk is removed.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Control {
     /// Mounts the disk described by `text` and answers with the lines that `mount` would print.
@@ -201,7 +201,7 @@ fn close_disk(name: &str, disk: &Disk) -> (Vec<String>, Vec<String>) {
         Ok(line) => lines.extend(line),
         Err(reason) => failed.push(format!("{name}: {reason}")),
     }
-    let closed = disk.shut_down(DRAIN_TIMEOUT, |disk| match unmount_summary(name, disk) {
+    let closed = disk.shut_down(REMOVE_TIMEOUT, |disk| match unmount_summary(name, disk) {
         Ok(line) => lines.extend(line),
         Err(line) => failed.push(line),
     });

@@ -10,7 +10,7 @@ use super::Disk;
 use super::operation_error::OperationError;
 
 /// How long requests that change the disk are waited for before its layers change.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+const WRITER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a background operation may take to yield.
 const YIELD_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -169,7 +169,7 @@ impl Disk {
         let start = Instant::now();
         let gate = self
             .gate
-            .exclusive_while(|| start.elapsed() < DRAIN_TIMEOUT)
+            .exclusive_while(|| start.elapsed() < WRITER_TIMEOUT)
             .ok_or(OperationError::WriterStuck)?;
         if self.gate.is_closed() { Err(OperationError::Interrupted) } else { Ok(gate) }
     }
