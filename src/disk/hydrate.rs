@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use super::Disk;
 use super::base_description::BaseDescription;
-use super::fetch::COPY_STEP;
 use super::layers::{LayerStack, Top};
 use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
+use super::prefetch::COPY_STEP;
 use crate::base::blank::Blank;
 use crate::extents::{Extent, ExtentKind};
 use crate::layer::{Layer, Wait, WritableLayer};

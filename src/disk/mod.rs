@@ -3,7 +3,7 @@
 //! ```text
 //!   disk_file    what the mount shows: all of a disk, or the range of one partition
 //!      v
-//!   Disk         read_write, copy, fetch (prefetch), commit, hydrate, history, keep, shut_down,
+//!   Disk         read_write, copy, prefetch, commit, hydrate, history, keep, shut_down,
 //!      |         maintenance (every few seconds)
 //!      |
 //!      +-- gate        shared for changes of bytes, exclusive for changes of size or layers
@@ -30,7 +30,6 @@ mod commit;
 mod copy;
 mod direct;
 mod disk_file;
-mod fetch;
 mod gate;
 mod history;
 mod hydrate;
@@ -43,6 +42,7 @@ mod operation_error;
 mod overlay_location;
 mod partition;
 mod pools;
+mod prefetch;
 mod read_write;
 mod references;
 mod shut_down;
@@ -65,7 +65,6 @@ use self::base_description::BaseDescription;
 pub use self::base_description::UnreadableBase;
 pub use self::commit::CommitSummary;
 pub use self::disk_file::DiskFile;
-pub use self::fetch::PrefetchMode;
 use self::gate::Gate;
 pub use self::history::{DiffBase, Difference, LayerUsage, LayerUsers, SnapshotInfo};
 use self::history::{History, ResetSizes};
@@ -84,6 +83,7 @@ use self::overlay_location::OverlayLocation;
 use self::partition::PartitionFiles;
 pub use self::partition::{PartitionFile, ShowPartitionsError, split_name};
 pub use self::pools::Pools;
+pub use self::prefetch::PrefetchMode;
 pub use self::read_write::{FallocateMode, SizeMode, Whence};
 use self::references::References;
 pub use self::references::{HandleAccess, InUse};

@@ -30,10 +30,10 @@ impl Disk {
     pub fn prefetch(
         &self,
         range: Range<u64>,
-        fetch: PrefetchMode,
+        mode: PrefetchMode,
         is_gone: &dyn Fn() -> bool,
     ) -> io::Result<u64> {
-        let brought = self.prefetch_range(range, fetch, is_gone);
+        let brought = self.prefetch_range(range, mode, is_gone);
         self.operations.report_progress(0, 0);
         brought
     }
@@ -41,11 +41,11 @@ impl Disk {
     fn prefetch_range(
         &self,
         range: Range<u64>,
-        fetch: PrefetchMode,
+        mode: PrefetchMode,
         is_gone: &dyn Fn() -> bool,
     ) -> io::Result<u64> {
         let range = range.start..range.end.min(self.size());
-        let copies = self.prefetch_copies_up(fetch);
+        let copies = self.prefetch_copies_up(mode);
         if copies && self.overlay().is_none() {
             return Err(os_error(libc::EROFS));
         }
@@ -113,8 +113,8 @@ impl Disk {
 
     /// Whether a prefetch copies up into the overlay.
     #[must_use]
-    pub fn prefetch_copies_up(&self, fetch: PrefetchMode) -> bool {
-        fetch == PrefetchMode::CopyUp || self.copy_up.cache
+    pub fn prefetch_copies_up(&self, mode: PrefetchMode) -> bool {
+        mode == PrefetchMode::CopyUp || self.copy_up.cache
     }
 
     /// Whether reads copy up first (`cow-on-read`).
