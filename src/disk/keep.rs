@@ -1,15 +1,9 @@
-//! `keep`: makes a temporary overlay persistent. `abandon`: removes an overlay that was created for a
-//! mount which did not come about.
-
-use std::time::Duration;
+//! `keep`: makes a temporary overlay persistent.
 
 use super::Disk;
 use super::open::{OpenError, new_stack};
 use crate::overlay::keep;
 use crate::overlay::persist::{self, OpenedOverlay, OverlayPath};
-use crate::overlay::recover::Recovered;
-use crate::stream::UnmountPolicy;
-use crate::stream::output::DrainTimeout;
 
 #[allow(clippy::needless_pass_by_value)] // For `map_err`.
 fn refused(why: impl ToString) -> OpenError {
@@ -17,26 +11,6 @@ fn refused(why: impl ToString) -> OpenError {
 }
 
 impl Disk {
-    /// Closes a disk whose mount did not come about, and removes the overlay that was created for
-    /// it.
-    pub fn abandon(&self) {
-        if self.stream().is_some() {
-            if let Err(error) = self.end_stream(UnmountPolicy::Abort, DrainTimeout::Unlimited) {
-                log::warn!("{}: {error}", self.source);
-            }
-            return;
-        }
-        if let Err(error) = self.close(Duration::MAX) {
-            log::warn!("{}: {error}", self.source);
-        }
-        if self.recovered == Recovered::New
-            && let Some(dir) = self.overlay_dir()
-            && let Err(error) = std::fs::remove_dir_all(&dir)
-        {
-            log::warn!("'{}' is left behind: {error}", dir.display());
-        }
-    }
-
     /// Makes the temporary overlay persistent at `path`. The overlay is durable on return.
     ///
     /// # Errors

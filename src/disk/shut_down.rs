@@ -1,5 +1,5 @@
-//! Closing of a disk: at the end of its mount (`close`), or by removing it from a mount that
-//! continues without it.
+//! Closing of a disk: at the end of its mount (`close`), because its mount did not come about
+//! (`abandon`), or by removing it from a mount that continues without it.
 //!
 //! ```text
 //!   retire ──> (out of the catalog) ──> shut_down: stop the pools -> gate -> take the layers away
@@ -20,6 +20,9 @@ use super::Disk;
 use super::layers::{LayerStack, Top};
 use crate::host::os_error;
 use crate::overlay::Overlay;
+use crate::overlay::recover::Recovered;
+use crate::stream::UnmountPolicy;
+use crate::stream::output::DrainTimeout;
 
 /// How often the shutdown checks whether a late request has ended, which usually takes
 /// microseconds.
@@ -42,6 +45,26 @@ impl Disk {
         }
         self.overlay_location.remove_holder();
         if gate.is_some() { Ok(()) } else { Err(os_error(libc::ETIMEDOUT)) }
+    }
+
+    /// Closes a disk whose mount did not come about, and removes the overlay that was created for
+    /// it.
+    pub fn abandon(&self) {
+        if self.stream().is_some() {
+            if let Err(error) = self.end_stream(UnmountPolicy::Abort, DrainTimeout::Unlimited) {
+                log::warn!("{}: {error}", self.source);
+            }
+            return;
+        }
+        if let Err(error) = self.close(Duration::MAX) {
+            log::warn!("{}: {error}", self.source);
+        }
+        if self.recovered == Recovered::New
+            && let Some(dir) = self.overlay_dir()
+            && let Err(error) = std::fs::remove_dir_all(&dir)
+        {
+            log::warn!("'{}' is left behind: {error}", dir.display());
+        }
     }
 
     /// Whether the disk has lost its layers or is about to: its contents are no longer valid.
@@ -120,7 +143,6 @@ mod tests {
     use crate::config::{DiskSource, DiskSpec};
     use crate::layer::Wait;
     use crate::overlay::persist::OverlayPath;
-    use crate::overlay::recover::Recovered;
 
     const SHORT: Duration = Duration::from_millis(50);
     const LONG: Duration = Duration::from_secs(60);

@@ -7,13 +7,11 @@ use std::sync::atomic::Ordering;
 use uuid::Uuid;
 
 use super::new_layer::NewLayer;
-use super::state::LayerUsers;
 use crate::disk::Disk;
 use crate::disk::operation::Operation;
 use crate::disk::operation_error::OperationError;
 use crate::layer::{Layer, WritableLayer};
 use crate::overlay::Overlay;
-use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::record::LayerMap;
 use crate::overlay::sealed::Sealed;
 use crate::overlay::tree::LayerTree;
@@ -237,14 +235,6 @@ impl Disk {
         }
         self.drop_unused_layers(&tree, &next);
         Ok(())
-    }
-
-    /// Makes the disk one of a store, whose sealed layers other disks may share.
-    pub fn share_layers(&self, layer_cache: &Arc<LayerCache>, others: LayerUsers) {
-        // Other disks' layers are determined when something was deleted, not at every mount.
-        self.history.needs_merge.store(false, Ordering::SeqCst);
-        *self.history.layer_cache.lock() = Arc::clone(layer_cache);
-        *self.history.layer_users.lock() = Some(others);
     }
 
     /// Records whether layers wait to be merged; `shared` are the layers of several disks.

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use uuid::Uuid;
@@ -95,5 +95,15 @@ impl History {
     pub(in crate::disk) fn drop_files(&self) {
         self.diff_files.lock().clear();
         self.snapshot_files.lock().clear();
+    }
+}
+
+impl Disk {
+    /// Makes the disk one of a store, whose sealed layers other disks may share.
+    pub fn share_layers(&self, layer_cache: &Arc<LayerCache>, others: LayerUsers) {
+        // Other disks' layers are determined when something was deleted, not at every mount.
+        self.history.needs_merge.store(false, Ordering::SeqCst);
+        *self.history.layer_cache.lock() = Arc::clone(layer_cache);
+        *self.history.layer_users.lock() = Some(others);
     }
 }
