@@ -2,15 +2,11 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use super::OfflineError;
+use super::{CLOSE_TIMEOUT, OfflineError};
 use crate::disk::{self, Disk, Force, OpenContext, OperationError};
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::{Usage, persist};
-
-/// Time limit for running requests when the disk is closed; there are none.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An overlay that is opened for a commit.
 pub(crate) struct OfflineCommit {

@@ -5,12 +5,11 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use rustix::fs::{CWD, RenameFlags, rename, renameat_with};
 use rustix::io::Errno;
 
-use super::OfflineError;
+use super::{CLOSE_TIMEOUT, OfflineError};
 use crate::base::qcow2::{self, TopImage};
 use crate::config::{DiskSource, DiskSpec, Format};
 use crate::disk::{self, Disk, FallocateMode, OpenContext, SizeMode};
@@ -19,9 +18,6 @@ use crate::host::{COPY_CHUNK, sync_parent_dir};
 use crate::layer::{Layer, Wait};
 use crate::overlay::{Usage, persist};
 use crate::part_file::part_path;
-
-/// Time limit for running requests when the disk is closed; there are none.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An import that can begin: the image is open, and the path of the overlay is free.
 pub(crate) struct Import {
@@ -104,9 +100,8 @@ impl Import {
         let changes = match copied {
             Ok(changes) => changes,
             Err(error) => {
-                // A partial overlay is useless, and was created here.
+                // A partial overlay is useless, and was created here: `abandon` removes it.
                 disk.abandon();
-                let _ = std::fs::remove_dir_all(&self.part);
                 return Err(failed()(error));
             }
         };

@@ -21,6 +21,7 @@ mod target;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 pub(crate) use self::store_check::{StoreFinding, StoreFindingKind, StoreOutcome, check_store};
 pub(crate) use self::target::{
@@ -30,6 +31,9 @@ use crate::base::BaseError;
 use crate::disk::OpenError;
 use crate::overlay::error::OverlayError;
 use crate::store::StoreError;
+
+/// Time limit for running requests when a disk is closed; there are none.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The reason why work on an overlay that is not mounted failed; one line for the user.
 #[derive(Debug, thiserror::Error)]
