@@ -1,6 +1,10 @@
 //! The files and directories in `.cowslip`, and their inode numbers.
 
 use crate::catalog::Catalog;
+use crate::disk::PARTITION_INODES;
+
+/// The first inode number beyond those of control files.
+const PARTITIONS_START: u64 = PARTITION_INODES.start;
 
 /// A file or directory in `.cowslip`. Disks are identified by slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,11 +55,11 @@ impl ControlNode {
             (3, ..) => Some(Self::Status),
             (4, ..) => Some(Self::Log),
             (5, ..) => Some(Self::Ctl),
-            (8..0x2000_0000_0000_0000, slot, 0) => Some(Self::Disk(slot)),
-            (8..0x2000_0000_0000_0000, slot, 1) => Some(Self::DiskStatus(slot)),
-            (8..0x2000_0000_0000_0000, slot, 2) => Some(Self::DiskMap(slot)),
-            (8..0x2000_0000_0000_0000, slot, 3) => Some(Self::DiskCtl(slot)),
-            (8..0x2000_0000_0000_0000, slot, 4) => Some(Self::Snapshots(slot)),
+            (8..PARTITIONS_START, slot, 0) => Some(Self::Disk(slot)),
+            (8..PARTITIONS_START, slot, 1) => Some(Self::DiskStatus(slot)),
+            (8..PARTITIONS_START, slot, 2) => Some(Self::DiskMap(slot)),
+            (8..PARTITIONS_START, slot, 3) => Some(Self::DiskCtl(slot)),
+            (8..PARTITIONS_START, slot, 4) => Some(Self::Snapshots(slot)),
             _ => None,
         }
     }

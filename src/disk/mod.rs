@@ -81,7 +81,7 @@ pub use self::operation_error::OperationError;
 pub use self::overlay_location::OverlayDirState;
 use self::overlay_location::OverlayLocation;
 use self::partition::PartitionFiles;
-pub use self::partition::{PartitionFile, ShowPartitionsError, split_name};
+pub use self::partition::{PARTITION_INODES, PartitionFile, ShowPartitionsError, split_name};
 pub use self::pools::Pools;
 pub use self::prefetch::PrefetchMode;
 pub use self::read_write::{FallocateMode, SizeMode, Whence};

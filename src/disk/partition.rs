@@ -37,7 +37,7 @@ use crate::layer::Wait;
 const MAX_LISTED: usize = 16;
 
 /// Inode numbers of partition files: below those of disks, above those of control files.
-const PARTITION_INODES: Range<u64> = 1 << 61..1 << 62;
+pub const PARTITION_INODES: Range<u64> = 1 << 61..1 << 62;
 
 /// The reason why the partitions of a disk cannot be shown; one line, to follow the disk's name.
 #[derive(Debug, thiserror::Error)]
