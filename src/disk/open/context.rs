@@ -1,4 +1,4 @@
-//! The settings of a mount that apply to every disk it opens.
+//! What the opening of a disk takes from its mount.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
