@@ -140,13 +140,13 @@ pub fn open_writable(
         lock::downgrade(reader);
         return Err(error.into());
     }
-    let size = size_of(&file, kind).map_err(host_error)?;
     let file = Arc::new(file);
     let reader = Arc::clone(reader);
     let part = |error| BaseError::Part { path: path.to_owned(), error };
-    let layer = view.as_ref().map_or(Ok(()), |view| view::check_inside(view, size)).map_err(part);
-    let layer =
-        layer.and_then(|()| RawBase::new(Arc::clone(&file), kind, size).map_err(host_error));
+    let layer = size_of(&file, kind).map_err(host_error).and_then(|size| {
+        view.as_ref().map_or(Ok(()), |view| view::check_inside(view, size)).map_err(part)?;
+        RawBase::new(Arc::clone(&file), kind, size).map_err(host_error)
+    });
     match layer {
         Ok(raw) => {
             let layer: Box<dyn WritableLayer> = match view.clone() {
