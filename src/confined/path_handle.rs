@@ -54,10 +54,10 @@ impl PathHandle {
         real_path(&self.fd)
     }
 
-    /// Opens it for input, as [`open_input`] does.
+    /// Opens the file for input, as [`open_input`](super::open_input) does.
     ///
     /// # Errors
-    /// As [`open_input`].
+    /// The errors of [`open_input`](super::open_input).
     pub fn open_input(&self, access: FileAccess) -> io::Result<File> {
         let kind = self.metadata.file_type();
         if kind.is_file() || kind.is_block_device() {

@@ -121,7 +121,6 @@ fn error_while_the_boot_tag_is_read_makes_no_power_cut_of_a_kill() {
     lab.mount("d=base.img,overlay=ov");
     assert_eq!(mounted_bytes(&lab), before);
     lab.umount();
-    lab.end();
 }
 
 #[test]

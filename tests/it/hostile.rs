@@ -703,7 +703,6 @@ fn links_of_another_user_in_a_shared_directory_are_not_followed() {
     lab.ok("mount n --config shared/a.toml");
     lab.sh("cmp n/vm.img root/vm.img");
     lab.ok("umount n");
-    lab.end();
 }
 
 #[test]
@@ -714,7 +713,6 @@ fn relative_paths_in_a_configuration_start_at_its_directory_and_not_at_that_of_a
     lab.ok("mount n --config links/a.toml");
     lab.sh("cmp n/vm.img home/vm.img");
     lab.ok("umount n");
-    lab.end();
 }
 
 #[test]
@@ -736,7 +734,6 @@ fn a_second_name_that_another_user_could_have_made_is_not_believed() {
     assert_eq!(lab.sh("cat own/x.log"), "old\n");
     lab.ok("mount m b=blank:1M --log own/x.log");
     lab.umount();
-    lab.end();
 }
 
 #[test]

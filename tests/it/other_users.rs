@@ -326,7 +326,6 @@ fn readers_of_a_stalled_stream_do_not_block_reads_of_other_disks() {
     assert_eq!((failed_as(libc::EBUSY), failed_as(libc::EIO)), (5000 - 512, 512));
     // The source was killed, which is told.
     lab.refused(1, "umount m");
-    lab.end();
 }
 
 #[test]
@@ -343,5 +342,4 @@ fn open_directories_need_little_memory_each() {
     let grown = of_daemon(pid, "VmRSS").saturating_sub(before);
     assert!(grown < 16 << 10, "{grown} KiB for 1,000 directories of 300 disks");
     drop(open);
-    lab.end();
 }

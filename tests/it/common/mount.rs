@@ -41,8 +41,6 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum duration of any single wait. Every command finishes sooner, so that a hang fails the
 /// test instead of blocking the run.
 pub const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
-/// The same.
-pub const PATIENCE: Duration = WAIT_TIMEOUT;
 /// Environment variable that records which lab started a process.
 const LAB_VARIABLE: &str = "COWSLIP_TEST_LAB";
 /// Interval between two checks of an awaited condition.
@@ -365,9 +363,6 @@ impl Lab {
         self.sh(&format!("mkfs.{fs} -q {device}; mkdir {dir}; mount {device} {dir}"));
         device
     }
-
-    /// Ends the test before the end of the scope.
-    pub fn end(self) {}
 
     /// Unmounts `m`, and checks that no daemon is left and no base was modified.
     fn check_end(&mut self) {
