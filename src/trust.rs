@@ -1,9 +1,9 @@
-//! Whose directories are believed.
+//! Trust in directories of other users.
 //!
-//! What an overlay or a store says is done with the rights of who mounts it: a base that it names
-//! is read, and written to by a commit; layers that it does not name are removed. So it must not be
-//! another user's to write. A directory is believed when nobody but root and this process's user
-//! can put anything else into it or into its place:
+//! An overlay or a store is obeyed with the rights of the user who mounts it: the base that it names
+//! is read, and written to by a commit; layers that it does not name are deleted. Therefore no other
+//! user may be able to write it. A directory is trusted when only root and this process's user can
+//! put anything into it or into its place:
 //!
 //! ```text
 //!   /            root's, 0755                      fine
@@ -12,9 +12,9 @@
 //!   /home/u1     u1's                              root and u2 refuse: u1 can
 //! ```
 //!
-//! A user who has become root by sudo or pkexec is believed too: who can do that needs no trick. What
-//! is refused is allowed by name (`--trust DIR`), for all that lies in and below DIR. Every look
-//! is at open directories, upwards through `..`, so that no rename can come between.
+//! The user who became root by sudo or pkexec is trusted too, since that user could do anything
+//! without a trick. `--trust DIR` allows what is refused, for everything in and below DIR. Only open
+//! directories are examined, upwards through `..`, so that no rename can interfere.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -32,23 +32,24 @@ use crate::host::mountinfo::{MountEntry, mounts};
 /// A directory, by device and inode.
 type DirId = (u64, u64);
 
-/// What [`allow`] was told, for the life of this process: held open, for a directory that is removed
-/// gives its number to another.
+/// The directories given to [`allow`], for the life of this process. They are held open, because the
+/// inode number of a deleted directory is reused.
 static ALLOWED_DIRS: RwLock<Vec<(DirId, File)>> = RwLock::new(Vec::new());
 
 fn allowed() -> Vec<DirId> {
     ALLOWED_DIRS.read().iter().map(|(id, _)| *id).collect()
 }
 
-/// Why a directory is not believed; one line, the path of what lies in it is put in front.
+/// The reason why a directory is not trusted; one line, which the caller prefixes with the path of
+/// the overlay or file concerned.
 #[derive(Debug, thiserror::Error)]
 pub enum TrustError {
-    /// Somebody else could have made it what it is.
+    /// Another user could have changed the contents.
     #[error("cannot be trusted: '{}' {why}: move it, or use --trust '{}'", dir.display(), dir.display())]
     Untrusted {
-        /// The directory: itself, or one above it.
+        /// The directory, or one above it.
         dir: PathBuf,
-        /// Who could.
+        /// The other user's means.
         why: String,
     },
     /// Another user could have put this symbolic link there.
@@ -56,25 +57,25 @@ pub enum TrustError {
     Link {
         /// The link.
         path: PathBuf,
-        /// How.
+        /// The other user's means.
         why: String,
     },
-    /// Its path does not lead to it.
+    /// The path of the directory does not lead to the directory.
     #[error("cannot be trusted: {0}")]
     Unreachable(io::Error),
-    /// The host said no.
+    /// A system call on the host failed.
     #[error("cannot be looked at: {0}")]
     Io(#[from] io::Error),
 }
 
-/// Believes all that lies in and below the directory at `path`, which is absolute.
+/// Trusts everything in and below the directory at `path`, which is absolute.
 ///
 /// # Errors
 /// The host's errno; a line when links lead elsewhere.
 pub fn allow(path: &Path) -> io::Result<()> {
     let dir = File::from(rustix::fs::open(path, OPEN_DIR_FLAGS, Mode::empty())?);
     let real = path_of(&dir);
-    // A link of another user's could lead to the root of everything.
+    // A link of another user could lead to `/`.
     if real != path.components().collect::<PathBuf>() {
         let real = real.display();
         return Err(io::Error::other(format!("links lead from there to '{real}': name that")));
@@ -88,7 +89,7 @@ pub fn allow(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Refuses `dir` when another user could have put something into it, or it into its place.
+/// Refuses `dir` when another user could have put anything into it or into its place.
 ///
 /// # Errors
 /// [`TrustError`].
@@ -97,7 +98,7 @@ pub fn check(dir: &File) -> Result<(), TrustError> {
 }
 
 /// Refuses `dir` when another user could rename or remove what this process creates in it, or put
-/// another directory into its place. What others have in it does not matter: `/tmp` is fine.
+/// another directory into its place. Entries of other users do not matter: `/tmp` is fine.
 ///
 /// # Errors
 /// [`TrustError`].
@@ -105,12 +106,12 @@ pub fn check_parent(dir: &File) -> Result<(), TrustError> {
     check_as(dir, Use::Parent, &Principal::current(), &allowed())
 }
 
-/// What a directory is to be believed for.
+/// The use for which a directory is judged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Use {
-    /// What lies in it.
+    /// All entries of the directory are used.
     Contents,
-    /// One entry of this user's, which was or is judged by itself.
+    /// One entry of this user is used, which is judged separately.
     Parent,
 }
 
@@ -166,21 +167,21 @@ pub fn check_hard_links(file: &File, dir: &File) -> Result<(), TrustError> {
     }
 }
 
-/// How a directory is opened to be looked at: its entries need not be readable.
+/// Flags by which a directory is opened for examination: its entries need not be readable.
 const OPEN_DIR_FLAGS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
-/// The bit that keeps users from renaming what is not theirs.
+/// The mode bit that keeps users from renaming entries of others.
 const STICKY_BIT: u32 = 0o1000;
 
-/// Who looks.
+/// The user on whose behalf a directory is judged.
 struct Principal {
     uid: u32,
-    /// Who has become root by sudo or pkexec.
+    /// The user who became root by sudo or pkexec.
     invoker: Option<u32>,
 }
 
 impl Principal {
     fn current() -> Self {
-        /// Read once: a daemon clears its environment.
+        /// Read once, because a daemon clears its environment.
         static INVOKER: LazyLock<Option<u32>> = LazyLock::new(|| {
             let named = |name| std::env::var(name).ok()?.parse().ok();
             named("SUDO_UID").or_else(|| named("PKEXEC_UID"))
@@ -193,7 +194,8 @@ impl Principal {
         owner == 0 || owner == self.uid || Some(owner) == self.invoker
     }
 
-    /// Why something with this owner and mode is another's to write; `None` when it is not.
+    /// Describes how another user can write an entry with this owner and mode; `None` when no other
+    /// user can.
     fn objection(&self, owner: u32, mode: u32) -> Option<String> {
         if !self.is_believed(owner) {
             return Some(format!("belongs to another user (uid {owner}), who can change it"));
@@ -204,12 +206,13 @@ impl Principal {
         if mode & 0o002 != 0 {
             return Some("can be written by every user".to_owned());
         }
-        // An ordinary user's group is often his alone, and his umask lets it write.
+        // The group of an ordinary user often has no other member, and the umask lets it write.
         (mode & 0o020 != 0 && self.uid == 0).then(|| "can be written by its group".to_owned())
     }
 
-    /// Why the name that `file` has in `dir` may be another's work: without `fs.protected_hardlinks`
-    /// any user can give any file a second name where he may write, a sticky directory included.
+    /// Describes how another user could have given `file` its name in `dir`: without
+    /// `fs.protected_hardlinks` any user can add a name for any file in a directory that the user can
+    /// write, a sticky one included.
     fn hard_link_objection(&self, file: &Metadata, dir: &Metadata) -> Option<String> {
         let is_shared = self.objection(dir.uid(), dir.mode() & !STICKY_BIT).is_some();
         (file.nlink() > 1 && is_shared)
@@ -223,7 +226,8 @@ fn check_as(
     viewer: &Principal,
     allowed: &[DirId],
 ) -> Result<(), TrustError> {
-    // What is above it is looked at through `..`: in another mount namespace, others say what that is.
+    // The directories above are reached through `..`: in another mount namespace, others decide which
+    // these are.
     confined::real_path(dir).map_err(TrustError::Unreachable)?;
     let mut objection = None;
     let mut mounts = FuseMounts::default();
@@ -234,7 +238,8 @@ fn check_as(
             return true;
         }
         if objection.is_none() {
-            // A sticky bit guards what others made; what lies right in the target is not that.
+            // The sticky bit protects entries of this user from others; in the target itself any entry
+            // counts.
             let mode = if is_target { found.mode() & !STICKY_BIT } else { found.mode() };
             let why = viewer.objection(found.uid(), mode);
             let why = why.or_else(|| {
@@ -257,7 +262,8 @@ fn check_as(
     }
 }
 
-/// The FUSE mounts on the way to a directory: whoever serves one says what lies in it and whose it is.
+/// The FUSE mounts on the way to a directory. The server of such a mount decides which files it has
+/// and who owns them.
 #[derive(Default)]
 struct FuseMounts {
     entries: Option<Vec<MountEntry>>,

@@ -1,9 +1,9 @@
-//! The one way to open what a name from outside leads to, and the one way to create.
+//! The one way to open a file under a name that others chose, and the one way to create one.
 //!
 //! Overlays, stores, states of transfers, configurations and images may have been made by somebody
-//! else. A name in them, and what lies under a name, is hostile until it was looked at:
+//! else. A name in them, and the file under a name, is hostile until it was checked:
 //!
-//! | what could be there | what happens here |
+//! | possible | reaction |
 //! |---|---|
 //! | a name with `/`, `..`, an absolute path | refused: a name is one plain component |
 //! | a symbolic link | refused (`O_NOFOLLOW`) |
@@ -12,9 +12,9 @@
 //! | a file that never ends | read up to a limit, then refused |
 //! | a file in the place of a new one | never written into (`O_EXCL`) |
 //!
-//! Everything is done relative to an open directory, so that a rename of what holds it changes
-//! nothing. Whether the directory itself is to be believed is [`trust`](crate::trust)'s to say, and
-//! which links lead to it [`trusted_path`](crate::trusted_path)'s.
+//! All functions work relative to an open directory, so that a rename of a directory above it has no
+//! effect. [`trust`](crate::trust) decides whether the directory itself is trusted, and
+//! [`trusted_path`](crate::trusted_path) which links may lead to it.
 
 mod path_handle;
 
@@ -29,14 +29,14 @@ use rustix::io::Errno;
 
 pub use self::path_handle::{PathHandle, mount_id, real_path};
 
-/// What an opened file is for.
+/// The access for which a file is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileAccess {
     /// Reading.
     Read,
     /// Reading and writing.
     ReadWrite,
-    /// Reading and writing; reading alone where the file system is read-only.
+    /// Reading and writing, or reading alone on a read-only file system.
     AsAllowed,
 }
 
@@ -49,11 +49,11 @@ impl FileAccess {
     }
 }
 
-/// Opens the regular file or block device at `path`, which the user or a record of his has named:
-/// links on the way are followed, anything else there is refused without waiting for it.
+/// Opens the regular file or block device at `path`, which the user has named, or a record that the
+/// user trusts. Links on the way are followed. Files of other types are refused without waiting.
 ///
 /// # Errors
-/// The host's errno; [`io::ErrorKind::InvalidInput`] when something else is there.
+/// The host's errno; [`io::ErrorKind::InvalidInput`] for a file of another type.
 pub fn open_input(path: &Path, access: FileAccess) -> io::Result<File> {
     PathHandle::at(path)?.open_input(access)
 }
@@ -86,7 +86,7 @@ pub fn open_file(dir: &File, name: impl AsRef<Path>, access: FileAccess) -> io::
 /// Opens the directory `name` in `dir`.
 ///
 /// # Errors
-/// As [`open_file`].
+/// The errors of [`open_file`].
 pub fn open_subdir(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
     let name = single_component(name.as_ref())?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
@@ -99,7 +99,7 @@ pub fn open_subdir(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
 /// Reads the regular file `name` in `dir`, of at most `limit` bytes.
 ///
 /// # Errors
-/// As [`open_file`]; `EFBIG` when it is longer.
+/// The errors of [`open_file`]; `EFBIG` for a longer file.
 pub fn read_file(dir: &File, name: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {
     read_to_limit(&open_file(dir, name, FileAccess::Read)?, limit)
 }
@@ -107,7 +107,7 @@ pub fn read_file(dir: &File, name: impl AsRef<Path>, limit: u64) -> io::Result<V
 /// Reads all of `file`, which holds at most `limit` bytes.
 ///
 /// # Errors
-/// `EFBIG` when it holds more; the host's errno.
+/// `EFBIG` for a longer file; the host's errno.
 pub fn read_to_limit(file: impl Read, limit: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
@@ -120,15 +120,15 @@ pub fn read_to_limit(file: impl Read, limit: u64) -> io::Result<Vec<u8>> {
 /// Creates the file `name` in `dir` for reading and writing, for this user alone (0600).
 ///
 /// # Errors
-/// `EEXIST` when something is there, a link included; the host's errno.
+/// `EEXIST` when the name is taken, also by a link; the host's errno.
 pub fn create_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let name = single_component(name.as_ref())?;
     Ok(File::from(rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)?))
 }
 
-/// As [`create_file`], for a name that only leftovers of an earlier attempt can have: what is there
-/// is unlinked first.
+/// Creates a file as [`create_file`] does, under a name that only a leftover of an earlier attempt can
+/// have. The leftover is unlinked first.
 ///
 /// # Errors
 /// The host's errno, `EISDIR` among them.
@@ -142,7 +142,7 @@ pub fn recreate_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<File>
     }
 }
 
-/// Unlinks `name` in `dir`, if it is there; a link itself, never what it leads to.
+/// Unlinks `name` in `dir`, if it exists. A link is removed itself, never its target.
 ///
 /// # Errors
 /// The host's errno, `EISDIR` among them.
@@ -156,18 +156,18 @@ pub fn remove_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<()> {
 /// Creates the directory `name` in `dir`, for this user alone (0700), and opens it.
 ///
 /// # Errors
-/// `EEXIST` when something is there; the host's errno.
+/// `EEXIST` when the name is taken; the host's errno.
 pub fn create_dir(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
     let name = single_component(name.as_ref())?;
     rustix::fs::mkdirat(dir, name, Mode::RUSR | Mode::WUSR | Mode::XUSR)?;
     open_subdir(dir, name)
 }
 
-/// Replaces the file `name` in `dir` by one that holds `bytes`, durably: `new` is its name until it
-/// is whole.
+/// Replaces the file `name` in `dir` by one that contains `bytes`, durably. The new file is called
+/// `new` until it is complete.
 ///
 /// # Errors
-/// The host's errno. Unless the directory alone could not be synced, the old file is in place then.
+/// The host's errno. The old file is still in place, unless only the sync of the directory failed.
 pub fn replace_file(
     dir: &File,
     name: impl AsRef<Path>,
@@ -181,10 +181,10 @@ pub fn replace_file(
     dir.sync_all()
 }
 
-/// The names in `dir`, but for `.` and `..`.
+/// Returns the names in `dir`, except `.` and `..`.
 ///
 /// # Errors
-/// The host's errno; also for a name that is not UTF-8, which cowslip never gives.
+/// The host's errno; a line for a name that is not UTF-8, which cowslip never creates.
 pub fn entry_names(dir: &File) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in rustix::fs::Dir::read_from(dir)? {
@@ -201,34 +201,34 @@ pub fn entry_names(dir: &File) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-/// The line about a directory that is not removed for what else it holds.
+/// Returns the error for a directory that is kept because of the foreign file `name` in it.
 #[must_use]
 pub fn foreign_entry_error(dir: &str, name: &str) -> io::Error {
     io::Error::other(format!("'{dir}' holds '{name}', which is not cowslip's: it is left alone"))
 }
 
-/// `name`, when it is one plain component.
+/// Returns `name` if it is one plain component.
 fn single_component(name: &Path) -> io::Result<&Path> {
     let mut parts = name.components();
     match (parts.next(), parts.next()) {
-        // Components forget a `/` at the end.
+        // `components` drops a `/` at the end.
         (Some(Component::Normal(part)), None) if part == name.as_os_str() => Ok(name),
         _ => Err(invalid_input("its name is not one plain component")),
     }
 }
 
-/// Opens without waiting, neither for the other end of a pipe nor for a terminal.
+/// Opens `name` without waiting for the other end of a pipe or for a terminal.
 fn open_nonblocking(dir: impl AsFd, name: &Path, flags: OFlags) -> io::Result<File> {
     let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let fd: OwnedFd =
         rustix::io::retry_on_intr(|| rustix::fs::openat(&dir, name, flags, Mode::empty()))?;
-    // A regular file ignores the flag, but for leases; a device does not.
+    // Devices obey the flag; regular files ignore it, except for leases.
     let set = rustix::fs::fcntl_getfl(&fd)?;
     rustix::fs::fcntl_setfl(&fd, set - OFlags::NONBLOCK)?;
     Ok(File::from(fd))
 }
 
-/// Whether what belongs to `owner` is root's or this user's.
+/// Whether `owner` is root or this process's user.
 #[must_use]
 pub fn is_own(owner: u32) -> bool {
     owner == 0 || owner == rustix::process::geteuid().as_raw()
@@ -241,7 +241,8 @@ fn check_owner(dir: &File, owner: u32) -> io::Result<()> {
     Err(invalid_input(&format!("it belongs to another user (uid {owner})")))
 }
 
-/// Says of a link, a pipe or a socket what it is: the errno speaks of what opening it would mean.
+/// Replaces the errno by the type of file for a link, a pipe or a socket, since the errno only says
+/// why it cannot be opened.
 fn explain_file_type(dir: &File, name: &Path, error: io::Error) -> io::Error {
     let found = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW);
     match (error.raw_os_error(), found) {

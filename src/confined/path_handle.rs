@@ -1,4 +1,4 @@
-//! What a path leads to, held without being open.
+//! A file that was found under a path and is held without being open.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -11,8 +11,8 @@ use rustix::io::Errno;
 
 use super::{FileAccess, open_nonblocking, wrong_type_error};
 
-/// What a path leads to, held without being open: looking at it waits for nothing and starts
-/// nothing, and what was judged is what is opened, whatever becomes of the path meanwhile.
+/// A file that was found under a path and is not open. Examining it waits for nothing and starts
+/// nothing, and exactly the file that was judged is opened later, whatever happens to the path.
 #[derive(Debug)]
 pub struct PathHandle {
     fd: OwnedFd,
@@ -20,8 +20,8 @@ pub struct PathHandle {
 }
 
 impl PathHandle {
-    /// What is at `path`; links are followed, whoever made them: for what a user names to read, such as
-    /// the base of a disk. What is written or believed is found by
+    /// Finds the file at `path`. Links are followed, whoever made them: this is for a file that the user
+    /// names to be read, such as the base of a disk. A file that is written or trusted is found by
     /// [`trusted_path::locate`](crate::trusted_path::locate).
     ///
     /// # Errors
@@ -31,7 +31,7 @@ impl PathHandle {
         Self::of(File::from(rustix::fs::open(path, flags, Mode::empty())?))
     }
 
-    /// What `file` is, which was opened with `O_PATH`.
+    /// Holds `file`, which was opened with `O_PATH`.
     ///
     /// # Errors
     /// The host's errno.
@@ -40,16 +40,16 @@ impl PathHandle {
         Ok(Self { fd: file.into(), metadata })
     }
 
-    /// What it is, as it was when it was found.
+    /// Returns the metadata of the file at the time when it was found.
     #[must_use]
     pub fn metadata(&self) -> &Metadata {
         &self.metadata
     }
 
-    /// Where it lies now: absolute, without links.
+    /// Returns the present path of the file: absolute, without links.
     ///
     /// # Errors
-    /// The host's errno; `ENOENT` when it has no name any more.
+    /// The host's errno; `ENOENT` for a file that has no name any more.
     pub fn real_path(&self) -> io::Result<PathBuf> {
         real_path(&self.fd)
     }
@@ -67,7 +67,7 @@ impl PathHandle {
         }
     }
 
-    /// Opens it, without waiting: neither for the other end of a pipe nor for a terminal.
+    /// Opens the file without waiting for the other end of a pipe or for a terminal.
     ///
     /// # Errors
     /// The host's errno.
@@ -76,19 +76,21 @@ impl PathHandle {
     }
 }
 
-/// The path of the open file or directory: absolute, without links, and checked to lead to it.
+/// Returns the path of an open file or directory: absolute, without links, and verified to lead to
+/// the file.
 ///
 /// A descriptor may come from another mount namespace (`/proc/PID/root/...`), in which the same
 /// path leads to something else. So the path is opened again, without links, and must be the same
 /// inode on the same mount. Mount ids are unique among all namespaces (proc_pid_mountinfo(5)).
 ///
 /// # Errors
-/// The host's errno; `ENOENT` when it has no name any more; a line when its path does not lead to it.
+/// The host's errno; `ENOENT` for a file that has no name any more; a line when the path does not lead
+/// to the file.
 pub fn real_path(fd: impl AsFd) -> io::Result<PathBuf> {
     let mut tries = 3;
     loop {
         let path = std::fs::read_link(proc_fd_path(&fd))?;
-        // The kernel marks what was unlinked so; a file may also be called that.
+        // The kernel marks unlinked files this way; a file may also have such a name.
         let is_gone = path.as_os_str().as_encoded_bytes().ends_with(b" (deleted)")
             && rustix::fs::fstat(&fd)?.st_nlink == 0;
         if is_gone || !path.is_absolute() {
@@ -97,7 +99,7 @@ pub fn real_path(fd: impl AsFd) -> io::Result<PathBuf> {
         if leads_to(&path, &fd)? {
             return Ok(path);
         }
-        // Its directory may have been renamed meanwhile.
+        // A directory on the path may have been renamed meanwhile.
         tries -= 1;
         if tries == 0 {
             let shown = path.display();
@@ -108,7 +110,7 @@ pub fn real_path(fd: impl AsFd) -> io::Result<PathBuf> {
     }
 }
 
-/// Whether `path`, which has no links in it, leads to what `fd` is: the same inode on the same mount.
+/// Whether `path`, which contains no links, leads to the file `fd`: the same inode on the same mount.
 fn leads_to(path: &Path, fd: impl AsFd) -> io::Result<bool> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
@@ -124,11 +126,11 @@ fn leads_to(path: &Path, fd: impl AsFd) -> io::Result<bool> {
     Ok((there.st_dev, there.st_ino) == (here.st_dev, here.st_ino))
 }
 
-/// The id of the mount that `fd` was opened on, as in `/proc/self/mountinfo`. Nothing is asked of
+/// Returns the id of the mount that `fd` was opened on, as in `/proc/self/mountinfo`, without asking
 /// the file system.
 ///
 /// # Errors
-/// The host's errno; `ENOSYS` when the kernel does not say.
+/// The host's errno; `ENOSYS` on a kernel that does not report the id.
 pub fn mount_id(fd: impl AsFd) -> io::Result<u64> {
     let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
     let info = std::fs::read_to_string(path)?;
@@ -136,7 +138,7 @@ pub fn mount_id(fd: impl AsFd) -> io::Result<u64> {
     Ok(id.ok_or(Errno::NOSYS)?)
 }
 
-/// The name by which the kernel lets a descriptor be opened once more.
+/// Returns the path by which the kernel opens a descriptor's file once more (proc(5)).
 fn proc_fd_path(fd: impl AsFd) -> String {
     format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
 }
