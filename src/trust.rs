@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_user_can_write_is_refused_wherever_on_the_way_it_is() {
+    fn directory_that_another_user_can_write_is_refused_anywhere_on_the_way() {
         let room = tempfile::tempdir().unwrap();
         let (home, inner) = (room.path().join("home"), room.path().join("home/a/o.cow"));
         fs::create_dir_all(&inner).unwrap();
@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn who_became_root_by_sudo_is_believed_and_nobody_else() {
+    fn user_who_became_root_by_sudo_is_trusted_and_nobody_else() {
         let room = tempfile::tempdir().unwrap();
         chown(room.path(), Some(12345), None).unwrap();
         let by = |uid| Principal { uid: 0, invoker: Some(uid) };
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_allowed_by_name_is_believed_with_all_below() {
+    fn directory_allowed_by_name_is_trusted_with_everything_below() {
         let room = tempfile::tempdir().unwrap();
         let inner = room.path().join("home/o.cow");
         fs::create_dir_all(&inner).unwrap();

@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_user_names_may_be_a_link_but_not_a_pipe() {
+    fn path_named_by_the_user_may_be_a_link_but_not_a_pipe() {
         let (room, _) = room();
         for name in ["file", "link"] {
             assert!(open_input(&room.path().join(name), FileAccess::Read).is_ok());
@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_located_is_opened_whatever_becomes_of_its_name() {
+    fn located_file_is_opened_even_if_its_name_leads_elsewhere() {
         let (room, dir) = room();
         let at = |name: &str| room.path().join(name);
         let real = room.path().canonicalize().unwrap();
@@ -410,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_created_is_new_and_private() {
+    fn created_files_are_new_and_private() {
         let (room, dir) = room();
         let mode = |name: &str| {
             std::fs::symlink_metadata(room.path().join(name)).unwrap().permissions().mode() & 0o777

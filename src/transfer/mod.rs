@@ -24,6 +24,7 @@ mod old_copy;
 mod recv;
 mod send;
 mod send_android;
+mod send_error;
 mod source;
 mod state;
 mod target_writer;

@@ -4,13 +4,13 @@ use std::io::{self, Write};
 use std::ops::Range;
 
 use super::send_android;
+use super::send_error::SendError;
 use super::source::{TransferSource, ZeroDetection};
 use super::zeros::split_zeros;
 use super::{BUFFER_SIZE, TransferError, TransferFormat, TransferProgress};
 use crate::formats::RunContent;
 use crate::formats::rbd::checkpoint::{CHECKPOINT_INTERVAL, Checkpoint, CheckpointKind, HashChain};
 use crate::formats::rbd::{END_RECORD, v2};
-use crate::host::os_message;
 
 /// The bytes reserved in the buffer for a record's header, so that header and data are written at
 /// once. A whole page, so that reads are page-aligned.
@@ -84,25 +84,6 @@ pub fn send<W: Write>(
     }
     sender.finish().map_err(|error| SendError::Output(error).explain(source))?;
     Ok(Sent { progress: sender.progress, has_changed: source.has_changed() })
-}
-
-/// The end of the transfer that failed.
-pub(super) enum SendError {
-    Source(io::Error),
-    Output(io::Error),
-}
-
-impl SendError {
-    /// Returns the error for the user, of a transfer from `source`.
-    pub(super) fn explain(self, source: &TransferSource) -> TransferError {
-        match self {
-            Self::Output(error) => TransferError::Output(os_message(&error)),
-            Self::Source(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                source.shrunk_error()
-            }
-            Self::Source(error) => TransferError::host("read", source.path(), &error),
-        }
-    }
 }
 
 /// The part of the stream for which the next checkpoint will vouch.

@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 
-use super::send::SendError;
+use super::send_error::SendError;
 use super::source::TransferSource;
 use super::{BUFFER_SIZE, TransferError, TransferProgress};
 use crate::formats::android::{

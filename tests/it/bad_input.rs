@@ -535,7 +535,7 @@ fn pipes_and_links_in_place_of_files_are_rejected_at_once() {
 }
 
 #[test]
-fn what_a_disk_uses_is_replaced_by_no_command() {
+fn files_that_a_disk_uses_are_replaced_by_no_command() {
     let mut lab = lab();
     lab.watch("base.img");
     lab.mount("d=base.img");

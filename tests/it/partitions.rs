@@ -802,7 +802,7 @@ proptest! {
 }
 
 #[test]
-fn who_has_a_partition_open_is_named_as_a_user_of_its_disk() {
+fn process_with_an_open_partition_is_named_as_a_user_of_its_disk() {
     let lab = mounted();
     let mut command = lab.command("sh");
     let sleeper = Running(command.args(["-c", "exec sleep 100 <m/disk.img.p1"]).spawn().unwrap());

@@ -44,6 +44,18 @@ pub enum DiffBase {
     Part,
 }
 
+impl DiffBase {
+    fn of(base: &BaseDescription) -> Self {
+        match base {
+            BaseDescription::File { view: Some(_), .. } => Self::Part,
+            BaseDescription::File { path, format, .. } => {
+                Self::File(path.clone(), format.to_string())
+            }
+            BaseDescription::Blank(_) => Self::Zeros,
+        }
+    }
+}
+
 /// The result of a comparison.
 #[derive(Clone, Debug)]
 pub struct Difference {
@@ -170,17 +182,10 @@ impl Disk {
             ChangeMap { layers: Sealed::new(chain[..upper].to_vec()), base_size: below, size };
         let frozen = LayerStack::read_only(chain, bottom);
         let changes = LayerStack::read_only(Vec::new(), Some(Arc::new(changes)));
-        let base = match &*self.described_base() {
-            BaseDescription::File { view: Some(_), .. } => DiffBase::Part,
-            BaseDescription::File { path, format, .. } => {
-                DiffBase::File(path.clone(), format.to_string())
-            }
-            BaseDescription::Blank(_) => DiffBase::Zeros,
-        };
         Ok(Difference {
             frozen_file: self.add_diff_file(frozen, mtime),
             changes_file: self.add_diff_file(changes, mtime),
-            base,
+            base: DiffBase::of(&self.described_base()),
         })
     }
 

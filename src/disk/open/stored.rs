@@ -10,7 +10,7 @@ use super::error::OpenError;
 use super::layered::{complete, open_layers};
 use super::opened::OpenedDisk;
 use super::persistent::{assemble_persistent, new_stack, uuid_for};
-use crate::base::{self, BaseAccess, BaseError, BaseOptions};
+use crate::base::{self, Base, BaseAccess, BaseError, BaseOptions};
 use crate::config::{DiskSource, DiskSpec};
 use crate::disk::Disk;
 use crate::disk::attrs::DiskOwner;
@@ -123,23 +123,7 @@ pub fn clone_stored(
     let FrozenLayer { layer, size, stack: old } = from.freeze().map_err(refused)?;
     let mut spec = spec_over(name, &old.base).map_err(OpenError::overlay(overlay.dir))?;
     spec.direct = from.direct;
-    let description = from.described_base();
-    let options = BaseOptions {
-        format: spec.format,
-        part: spec.part,
-        access: BaseAccess::Read,
-        locking: spec.locking,
-        passthrough: spec.passthrough,
-        direct: spec.direct,
-        allow_backing: description.allow_backing(),
-    };
-    let base = base::open(&spec.source, options)?;
-    // The path was opened again, and may lead to another file by now.
-    if !description.is_same_files(&base) {
-        let line =
-            "another file is in the place of its base, or of one that this needs: put it back";
-        return Err(OpenError::Refused(line.to_owned()));
-    }
+    let (base, description) = reopen_base(from, &spec)?;
     let mut tree = LayerTree { layers: old.tree().chain(layer), snapshots: Vec::new() };
     tree.layers.reverse();
     tree.push_top(Uuid::new_v4(), Some(layer));
@@ -161,7 +145,6 @@ pub fn clone_stored(
             .map_err(OpenError::overlay(overlay.dir))?;
         created.below.push(layer);
     }
-    let description = BaseDescription::of(&base, options);
     complete(
         &spec,
         assemble_persistent(
@@ -173,4 +156,27 @@ pub fn clone_stored(
             Vec::new(),
         ),
     )
+}
+
+/// Opens the base of the disk `from` once more, for another disk over it.
+fn reopen_base(from: &Disk, spec: &DiskSpec) -> Result<(Base, BaseDescription), OpenError> {
+    let description = from.described_base();
+    let options = BaseOptions {
+        format: spec.format,
+        part: spec.part,
+        access: BaseAccess::Read,
+        locking: spec.locking,
+        passthrough: spec.passthrough,
+        direct: spec.direct,
+        allow_backing: description.allow_backing(),
+    };
+    let base = base::open(&spec.source, options)?;
+    // The path was opened again, and may lead to another file by now.
+    if !description.is_same_files(&base) {
+        let line =
+            "another file is in the place of its base, or of one that this needs: put it back";
+        return Err(OpenError::Refused(line.to_owned()));
+    }
+    let description = BaseDescription::of(&base, options);
+    Ok((base, description))
 }
