@@ -576,7 +576,7 @@ fn progress_without_a_terminal_is_one_line_per_second_on_request() {
 fn progress_on_a_terminal_is_one_line_that_fits_and_is_erased() {
     let lab = Lab::new();
     sparse(&lab, "x", 32 * MIB, &[(0, 32 * MIB)]);
-    lab.sh("script -qec 'stty cols 30; $COWSLIP send x | { sleep 1; cat >out; }' shown >/dev/null
+    lab.sh("script -qec 'stty rows 10 cols 30; $COWSLIP send --frames raw x | { sleep 1; cat >out; }' shown >/dev/null
          cmp x out");
     let shown = fs::read_to_string(lab.path("shown")).unwrap();
     let shown = shown.lines().find(|line| line.contains("sent ")).unwrap();

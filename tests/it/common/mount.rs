@@ -218,6 +218,7 @@ impl Lab {
     pub fn watch(&mut self, name: &str) {
         let path = self.path(name);
         let crc = checksum(&path);
+        self.bases.retain(|(known, _)| *known != path);
         self.bases.push((path, crc));
     }
 
