@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{OFlags, SeekFrom};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::error::BaseError;
@@ -17,6 +17,7 @@ use super::view::{self, RangeView};
 use super::{BaseAccess, lock};
 use crate::config::{DirectIo, Locking, Passthrough};
 use crate::confined::{self, PathHandle};
+use crate::host;
 use crate::host::file_system::{FsKind, HostFs};
 use crate::layer::WritableLayer;
 
@@ -221,6 +222,6 @@ fn check_not_pseudo(path: &Path, file: &File) -> io::Result<Result<(), BaseError
 fn size_of(file: &File, kind: HostKind) -> io::Result<u64> {
     match kind {
         HostKind::File => Ok(file.metadata()?.len()),
-        HostKind::BlockDevice => Ok(rustix::fs::seek(file, SeekFrom::End(0))?),
+        HostKind::BlockDevice => host::file_size(file),
     }
 }

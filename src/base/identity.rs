@@ -15,10 +15,10 @@ use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use rustix::fs::SeekFrom;
 use serde::{Deserialize, Serialize};
 
 use crate::config::format_size;
+use crate::host;
 
 /// Bytes hashed at each end, where partition tables and superblocks are: 64 KiB, which includes the
 /// superblocks of ext4, xfs, LVM and GPT (both copies).
@@ -64,7 +64,7 @@ impl Identity {
     pub fn of(file: &File) -> io::Result<Self> {
         let meta = file.metadata()?;
         let is_device = meta.file_type().is_block_device();
-        let size = if is_device { rustix::fs::seek(file, SeekFrom::End(0))? } else { meta.len() };
+        let size = if is_device { host::file_size(file)? } else { meta.len() };
         let mtime =
             Mtime { secs: meta.mtime(), nanos: u32::try_from(meta.mtime_nsec()).unwrap_or(0) };
         Ok(Self {

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use rustix::fs::SeekFrom;
 use rustix::io::ReadWriteFlags;
 
 use super::os_error;
@@ -141,6 +142,15 @@ pub fn start_writeback(file: impl AsFd, range: Range<u64>) {
     let (Ok(start), Ok(len)) = (i64::try_from(range.start), i64::try_from(len)) else { return };
     // SAFETY: takes numbers and touches no memory; `file` is open for the whole call.
     unsafe { libc::sync_file_range(file, start, len, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
+/// Returns the size of a regular file or a block device in bytes (`SEEK_END`). The file's position is
+/// at its end then.
+///
+/// # Errors
+/// The host's errno; `ESPIPE` for a pipe.
+pub fn file_size(file: impl AsFd) -> io::Result<u64> {
+    Ok(rustix::fs::seek(file, SeekFrom::End(0))?)
 }
 
 /// Whether `file` was opened read-only.

@@ -13,6 +13,7 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::TransferError;
+use super::target_writer::device_size;
 use crate::extents::ExtentKind;
 use crate::formats::RunContent;
 use crate::host;
@@ -140,9 +141,7 @@ impl TransferSource {
         // Faster read-ahead; this is only advice, so errors do not matter.
         let _ = fadvise(&file, 0, None, Advice::Sequential);
         if !kind.is_file() {
-            let size = rustix::fs::seek(&file, SeekFrom::End(0));
-            let size = size.map_err(|error| TransferError::host("read", &path, &error.into()))?;
-            let size = Some(size);
+            let size = Some(device_size(&file, &path)?);
             let (knows_holes, before, version_id) = (false, None, 0);
             return Ok(Self {
                 file,

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::host::{
-    PUNCH_OR_ZERO, is_fallocate_unsupported, punch_hole, whole_device_blocks, write_all_at,
+    self, PUNCH_OR_ZERO, is_fallocate_unsupported, punch_hole, whole_device_blocks, write_all_at,
     zero_by_host,
 };
 use crate::zeros::ZEROS;
@@ -122,6 +122,5 @@ impl TargetWriter {
 
 /// Returns the size of a device in bytes.
 pub(super) fn device_size(file: &File, path: &Path) -> Result<u64, super::TransferError> {
-    let size = rustix::fs::seek(file, rustix::fs::SeekFrom::End(0));
-    size.map_err(|error| super::TransferError::host("read", path, &error.into()))
+    host::file_size(file).map_err(|error| super::TransferError::host("read", path, &error))
 }

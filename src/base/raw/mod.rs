@@ -20,7 +20,6 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use rustix::fs::SeekFrom;
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::lock;
@@ -163,7 +162,7 @@ impl RawBase {
     /// Describes a range without data: a hole up to the end of the host file. After that end, in a
     /// file that got shorter, the range is Data, so that reading it fails as it must.
     fn seek_past_data(&self, range: Range<u64>) -> io::Result<Extent> {
-        let end_of_file = rustix::fs::seek(&*self.file, SeekFrom::End(0))?;
+        let end_of_file = host::file_size(&*self.file)?;
         if range.start >= end_of_file {
             return Ok(Extent::new(range, ExtentKind::Data));
         }

@@ -10,7 +10,7 @@ use super::error::OpenError;
 use super::notes::{notes_on_base, notes_on_overlay};
 use super::opened::{OpenedBase, OpenedDisk};
 use super::owner::initial_owner;
-use super::persistent::{apply_spec, assemble_persistent, open_persistent, overlay_layers};
+use super::persistent::{apply_spec, assemble_persistent, open_persistent};
 use super::reflink;
 use crate::base::self_reference::check_self_reference;
 use crate::base::{self, BaseAccess, BaseLayer, BaseOptions};
@@ -115,7 +115,8 @@ fn with_temporary_overlay(
     let overlay = keep::temporary(&dir, block, size, lower_limit, spec.limit)
         .map_err(|error| OpenError::Temporary { dir: dir.clone(), error })?;
     let notes = notes_on_overlay(&dir, context);
-    let layers = overlay_layers(overlay, Vec::new(), &layer);
+    let top = Top::Overlay(Arc::new(overlay));
+    let layers = LayerStack::new(top, Vec::new(), Some(layer));
     let mut disk = Disk::new(spec, Uuid::new_v4(), layers, description, owner);
     let tree = LayerTree::single(Uuid::new_v4(), block);
     disk.overlay_location = OverlayLocation::temporary(tree, dir);

@@ -53,16 +53,6 @@ pub(super) fn uuid_for(overlay: OverlayPath<'_>) -> Uuid {
     name.and_then(|name| Uuid::parse_str(name).ok()).unwrap_or_else(Uuid::new_v4)
 }
 
-/// Puts `overlay` above the sealed layers `below`, top to bottom, and the base.
-pub(super) fn overlay_layers(
-    overlay: Overlay,
-    below: Vec<Arc<Overlay>>,
-    base: &Arc<dyn Layer>,
-) -> LayerStack {
-    overlay.set_lower_layers(&below);
-    LayerStack::new(Top::Overlay(Arc::new(overlay)), below, Some(Arc::clone(base)))
-}
-
 /// Opens the overlay at `overlay`, which must fit the base, or creates one.
 pub(super) fn open_persistent(
     spec: &DiskSpec,
@@ -166,11 +156,11 @@ pub(super) fn assemble_persistent(
     }
     let chain = stack.tree().top_chain();
     let uuid = stack.uuid;
-    let layers = overlay_layers(overlay, below.clone(), base);
-    if let Some(top) = layers.top.overlay() {
-        let snapshot_layers = snapshot_layers.iter().map(|(_, layer)| layer);
-        top.set_lower_layers(&below.iter().chain(snapshot_layers).cloned().collect::<Vec<_>>());
-    }
+    // A sync of the top is a sync of every layer below it, and of every snapshot.
+    let snapshots = snapshot_layers.iter().map(|(_, layer)| layer);
+    overlay.set_lower_layers(&below.iter().chain(snapshots).cloned().collect::<Vec<_>>());
+    let top = Top::Overlay(Arc::new(overlay));
+    let layers = LayerStack::new(top, below.clone(), Some(Arc::clone(base)));
     if layers.top.is_committing() {
         notes.push(
             "a commit into the base was cut short: reads are right, 'cowslip commit' finishes it"

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::Stdio;
 
-use rustix::fs::{FileType, Mode, OFlags, SeekFrom, fchmod};
+use rustix::fs::{FileType, Mode, OFlags, fchmod};
 use rustix::io::Errno;
 
 use super::seekable::SeekableWriter;
@@ -19,6 +19,7 @@ use crate::base::raw::HostKind;
 use crate::base::self_reference::check_self_reference;
 use crate::config::{Overwrite, Programs, SinkSpec, StreamFrames, StreamSpec};
 use crate::confined::PathHandle;
+use crate::host;
 use crate::part_file::{PartFile, PartFileError};
 use crate::process::new_file_mode;
 use crate::stream::command::{PipeEnd, Pipeline};
@@ -202,8 +203,8 @@ fn open_device(
     // O_EXCL: refused while the device is mounted, or opened exclusively by another process.
     let opened = located.open(OFlags::WRONLY | OFlags::EXCL);
     let file = opened.map_err(|error| StreamOpenError::host("write", path, &error))?;
-    let size = rustix::fs::seek(&file, SeekFrom::End(0));
-    let size = size.map_err(|error| StreamOpenError::host("measure", path, &error.into()))?;
+    let size = host::file_size(&file);
+    let size = size.map_err(|error| StreamOpenError::host("measure", path, &error))?;
     if size < spec.size {
         return Err(StreamOpenError::TooSmall { path: path.to_owned(), size, needed: spec.size });
     }
