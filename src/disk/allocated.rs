@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 
 use super::Disk;
-use crate::extents::{Extent, ExtentKind, Extents};
+use super::layers::LayerStack;
+use crate::extents::ExtentKind;
 use crate::layer::Wait;
 use crate::stream::Stream;
 
-/// The most extents that one count visits; all bytes after them count as data.
-const MAX_WALKED_EXTENTS: usize = 16 << 10;
+/// The most pieces that one count asks the layers for; all bytes after them count as data.
+const MAX_COUNTED_PIECES: usize = 64 << 10;
 
 /// The last count of the bytes of data in a file that shows a disk.
 #[derive(Debug, Default)]
@@ -85,7 +86,7 @@ impl Disk {
         self.allocated_in(0..self.size(), &self.allocated.cache, wait)
     }
 
-    /// Counts the bytes of data in `range` from the extents. After [`MAX_WALKED_EXTENTS`] extents
+    /// Counts the bytes of data in `range` from the extents. After [`MAX_COUNTED_PIECES`] pieces
     /// all further bytes count as data, so no hole is ever claimed that does not exist. The result
     /// is kept in `cache`.
     ///
@@ -94,7 +95,7 @@ impl Disk {
     ///
     /// # Errors
     /// `EAGAIN` under [`Wait::No`] when nothing was counted yet and the base would have to be
-    /// waited for; the host's errno.
+    /// waited for; `EIO` when this thread's request has been given up; the host's errno.
     pub(super) fn allocated_in(
         &self,
         range: Range<u64>,
@@ -103,15 +104,106 @@ impl Disk {
     ) -> io::Result<u64> {
         // A stream's data arrives without a count of revisions.
         let revision = self.layers().top.revision().filter(|_| self.stream.is_none());
-        cache.get_or_count(revision, &self.allocated.is_stale, || self.count_data(range, wait))
+        let count = || count_data(&self.layers(), range, wait);
+        cache.get_or_count(revision, &self.allocated.is_stale, count)
+    }
+}
+
+/// Counts the bytes of `range` that are no hole. The part of it past the size is none either.
+fn count_data(layers: &LayerStack, range: Range<u64>, wait: Wait) -> io::Result<u64> {
+    let end = range.end.min(layers.size());
+    let (mut held, mut counted_to) = (range.end.saturating_sub(end), range.start.min(end));
+    for piece in layers.pieces(range.start..end, wait).take(MAX_COUNTED_PIECES) {
+        let (extent, _) = piece?;
+        counted_to = extent.range.end;
+        if extent.kind != ExtentKind::Hole {
+            held += extent.len();
+        }
+    }
+    Ok(held + (end - counted_to))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+    use crate::extents::Extent;
+    use crate::layer::{CopyFn, Layer};
+    use crate::pool::{Cancellable, run_cancellable};
+
+    /// Holes and nothing else, told in pieces of 4 KiB.
+    #[derive(Default)]
+    struct Crumbs {
+        asked: AtomicUsize,
     }
 
-    fn count_data(&self, range: Range<u64>, wait: Wait) -> io::Result<u64> {
-        let end = range.end;
-        let extents = self.extents(range, MAX_WALKED_EXTENTS, wait)?;
-        let held = |extents: &Extents| -> u64 {
-            extents.iter().filter(|extent| extent.kind != ExtentKind::Hole).map(Extent::len).sum()
-        };
-        Ok(held(&extents) + (end - extents.described_to().min(end)))
+    impl Layer for Crumbs {
+        fn size(&self) -> u64 {
+            1 << 62
+        }
+
+        fn extent_at(&self, range: Range<u64>, _: Wait) -> io::Result<Extent> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+            let end = range.end.min((range.start / 4096 + 1) * 4096);
+            Ok(Extent::new(range.start..end, ExtentKind::Hole))
+        }
+
+        fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
+            self.extent_at(offset..offset + buf.len() as u64, wait)
+        }
+
+        fn lend_at(
+            &self,
+            range: Range<u64>,
+            wait: Wait,
+            _: CopyFn<'_>,
+        ) -> io::Result<(Extent, Option<u64>)> {
+            Ok((self.extent_at(range, wait)?, None))
+        }
+    }
+
+    fn crumbs() -> (Arc<Crumbs>, LayerStack) {
+        let crumbs = Arc::new(Crumbs::default());
+        (Arc::clone(&crumbs), LayerStack::read_only(Vec::new(), Some(crumbs)))
+    }
+
+    #[test]
+    fn counting_stops_after_so_many_pieces_and_the_rest_is_data() {
+        let (crumbs, layers) = crumbs();
+        let counted = count_data(&layers, 0..1 << 62, Wait::Yes).unwrap();
+        assert_eq!(counted, (1 << 62) - MAX_COUNTED_PIECES as u64 * 4096);
+        assert_eq!(crumbs.asked.load(Ordering::Relaxed), MAX_COUNTED_PIECES);
+        assert_eq!(count_data(&layers, 5..40_000, Wait::Yes).unwrap(), 0);
+        // As for a partition that reaches past the end.
+        assert_eq!(count_data(&layers, (1 << 62) - 9..(1 << 62) + 9, Wait::Yes).unwrap(), 9);
+    }
+
+    /// A request that is given up when it has been looked at so many times.
+    struct GivenUpAfter(AtomicUsize);
+
+    impl Cancellable for GivenUpAfter {
+        fn is_cancelled(&self) -> bool {
+            let left = self.0.load(Ordering::Relaxed);
+            self.0.store(left.saturating_sub(1), Ordering::Relaxed);
+            left == 0
+        }
+
+        fn hold(&self) -> bool {
+            true
+        }
+
+        fn release(&self) {}
+    }
+
+    #[test]
+    fn looking_at_a_disk_ends_when_nobody_waits_for_it() {
+        let (crumbs, layers) = crumbs();
+        let given_up = GivenUpAfter(AtomicUsize::new(100));
+        let counted =
+            run_cancellable(given_up, || count_data(&layers, 0..1 << 62, Wait::Yes)).unwrap_err();
+        assert_eq!(counted.raw_os_error(), Some(libc::EIO));
+        assert_eq!(crumbs.asked.load(Ordering::Relaxed), 100);
     }
 }

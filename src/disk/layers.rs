@@ -19,6 +19,7 @@ use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 use crate::overlay::Overlay;
 use crate::overlay::reflink::Reflink;
 use crate::overlay::sealed::Sealed;
+use crate::pool::check_cancelled;
 
 /// The layer that takes a disk's changes.
 pub(super) enum Top {
@@ -193,10 +194,13 @@ impl LayerStack {
         Ok((extent, depth))
     }
 
-    /// The pieces of `range` in ascending order, each with the depth of its layer.
+    /// The pieces of `range` in ascending order, each with the depth of its layer. How many there are
+    /// is for the layers to say, whose author may be an enemy: whoever looks at all of them looks for
+    /// as long as somebody waits for the answer, and no longer.
     ///
     /// # Errors
-    /// The errors of [`Layer::extent_at`]; the caller stops at the first one.
+    /// The errors of [`Layer::extent_at`]; `EIO` when this thread's request has been given up. The
+    /// caller stops at the first one.
     pub(super) fn pieces(
         &self,
         range: Range<u64>,
@@ -205,6 +209,7 @@ impl LayerStack {
         let Range { start: mut at, end } = range;
         std::iter::from_fn(move || {
             (at < end).then(|| {
+                check_cancelled()?;
                 let piece = self.extent_with_depth(at..end, wait)?;
                 at = piece.0.range.end;
                 Ok(piece)

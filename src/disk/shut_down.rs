@@ -59,6 +59,11 @@ impl Disk {
         if let Err(error) = self.close(Duration::MAX) {
             log::warn!("{}: {error}", self.source);
         }
+        self.remove_new_overlay();
+    }
+
+    /// Removes the overlay of a disk that is closed, or could not be, if it was created for the disk.
+    pub(crate) fn remove_new_overlay(&self) {
         if self.recovered == Recovered::New
             && let Some(dir) = self.overlay_dir()
             && let Err(error) = std::fs::remove_dir_all(&dir)

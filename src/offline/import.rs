@@ -75,7 +75,8 @@ impl Import {
     /// Creates the overlay.
     ///
     /// # Errors
-    /// [`OfflineError`]; no overlay is left behind, except if the last rename fails.
+    /// [`OfflineError`]; nothing is left behind, unless only the last sync of the directory fails: the
+    /// overlay has its name then.
     pub(crate) fn run(self) -> Result<Imported, OfflineError> {
         let failed = || OfflineError::host(format!("overlay '{}'", self.dir.display()));
         let size = self.image.image.size();
@@ -105,20 +106,24 @@ impl Import {
                 return Err(failed()(error));
             }
         };
-        disk.close(CLOSE_TIMEOUT).map_err(failed())?;
-        rename_new(&self.part, &self.dir).map_err(failed())?;
+        let named = disk.close(CLOSE_TIMEOUT).and_then(|()| rename_new(&self.part, &self.dir));
+        if let Err(error) = named {
+            // It was closed, or cannot be closed any better.
+            disk.remove_new_overlay();
+            return Err(failed()(error));
+        }
+        sync_parent_dir(&self.dir).map_err(failed())?;
         Ok(Imported { base: self.image.backing, size, changes })
     }
 }
 
-/// Renames the directory `part` to `dir`, which must not exist, durably.
+/// Renames the directory `part` to `dir`, which must not exist.
 fn rename_new(part: &Path, dir: &Path) -> io::Result<()> {
     match renameat_with(CWD, part, CWD, dir, RenameFlags::NOREPLACE) {
         // The file system does not support NOREPLACE; the directory did not exist before.
-        Err(Errno::INVAL | Errno::NOSYS) => rename(part, dir)?,
-        renamed => renamed?,
+        Err(Errno::INVAL | Errno::NOSYS) => Ok(rename(part, dir)?),
+        renamed => Ok(renamed?),
     }
-    sync_parent_dir(dir)
 }
 
 /// Copies the changes in `image` itself to `disk`, and returns the number of bytes.
@@ -128,10 +133,12 @@ fn copy_changes(disk: &Disk, image: &dyn Layer) -> io::Result<Usage> {
     let mut buf = vec![0; COPY_CHUNK];
     let (mut at, mut copied) = (0, Usage { data: 0, zero: 0 });
     while at < size {
-        let len = usize::try_from(size - at).map_or(COPY_CHUNK, |left| left.min(COPY_CHUNK));
-        let found = image.read_at(&mut buf[..len], at, Wait::Yes)?;
-        let range = found.range;
-        let bytes = range.end - range.start;
+        let mut found = image.extent_at(at..size, Wait::Yes)?;
+        if found.kind == ExtentKind::Data {
+            let len = usize::try_from(found.len()).map_or(COPY_CHUNK, |len| len.min(COPY_CHUNK));
+            found = image.read_at(&mut buf[..len], at, Wait::Yes)?;
+        }
+        let (range, bytes) = (found.range.clone(), found.len());
         match found.kind {
             ExtentKind::Data => {
                 let len = usize::try_from(bytes).unwrap_or(0);
@@ -139,12 +146,12 @@ fn copy_changes(disk: &Disk, image: &dyn Layer) -> io::Result<Usage> {
                 copied.data += bytes;
             }
             ExtentKind::Zero => {
-                disk.fallocate(range.clone(), FallocateMode::Punch, SizeMode::Keep, Wait::Yes)?;
+                disk.fallocate(range, FallocateMode::Punch, SizeMode::Keep, Wait::Yes)?;
                 copied.zero += bytes;
             }
             ExtentKind::Hole | ExtentKind::Lower => {}
         }
-        at = range.end;
+        at = found.range.end;
     }
     disk.sync()?;
     Ok(copied)

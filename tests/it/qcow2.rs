@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use crate::common::mount::*;
 use cowslip::base::{BaseAccess, BaseOptions};
 use cowslip::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
+use cowslip::extents::{Extent, ExtentKind};
+use cowslip::layer::Wait;
 use rustix::fs::{CWD, RenameFlags};
 
 /// Mounts the images `names` read-only and checks that the disks equal what QEMU reads.
@@ -270,6 +272,53 @@ fn directory_replaced_by_a_link_during_an_open_is_not_followed() {
         is_over.store(true, Ordering::Relaxed);
         assert!(!is_any_forbidden, "a file outside was opened");
     });
+}
+
+#[test]
+fn work_on_a_huge_image_follows_its_data_and_not_its_size() {
+    let lab = Lab::new();
+    // As large as disks get, with data in three places, and the same over another image.
+    lab.sh("qemu-img create -q -f qcow2 -o cluster_size=2M low.qcow2 1E
+         qemu-io -c 'write -P 7 512P 64K' low.qcow2
+         qemu-img create -q -f qcow2 -o cluster_size=2M -b low.qcow2 -F qcow2 top.qcow2
+         qemu-io -c 'write -P 8 4M 64K' -c 'write -P 9 700P 64K' top.qcow2");
+    let size = 1 << 60;
+    let disk = open(&lab.path("top.qcow2")).unwrap().layer.reader();
+    // Without waiting, too, where there is no table.
+    let hole = disk.extent_at(800 << 50..size, Wait::No).unwrap();
+    assert_eq!(hole, Extent::new(800 << 50..size, ExtentKind::Hole));
+    let (mut at, mut lookups, mut data) = (0, 0, Vec::new());
+    while at < size {
+        let found = disk.extent_at(at..size, Wait::Yes).unwrap();
+        if found.kind == ExtentKind::Data {
+            data.push(found.range.start);
+        }
+        at = found.range.end;
+        lookups += 1;
+    }
+    assert_eq!(data, [4 << 20, 512 << 50, 700 << 50]);
+    // Those of the stretches that three tables map, each of half a TiB.
+    assert!(lookups < 1000, "{lookups} look-ups");
+    drop(disk);
+    lab.mount("d=top.qcow2,format=qcow2,overlay=ov");
+    assert!(fs::metadata(lab.path("m/d")).unwrap().blocks() * 512 < 16 * MIB);
+    lab.open("m/d").write_all_at(b"x", size - 1).unwrap();
+    let map = lab.ok("map m/d --json");
+    let map: serde_json::Value = serde_json::from_str(&map).unwrap();
+    assert_eq!(map.as_array().unwrap().last().unwrap()["depth"], 0);
+    for words in ["prefetch m/d", "diff m/d -O rbd -o x.rbd", "diff m/d --full -O rbd -o f.rbd"] {
+        lab.ok(words);
+    }
+    lab.umount();
+    lab.ok("check ov");
+    lab.ok("import top.qcow2 --overlay new");
+    lab.mount("d=low.qcow2,format=qcow2,overlay=new");
+    lab.ok("hydrate m/d");
+    let mut byte = [0];
+    for (at, expected) in [(4 << 20, 8), (512 << 50, 7), (700 << 50, 9), (size - 1, 0)] {
+        lab.open_ro("m/d").read_exact_at(&mut byte, at).unwrap();
+        assert_eq!(byte, [expected], "at {at}");
+    }
 }
 
 #[test]

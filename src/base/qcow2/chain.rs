@@ -19,6 +19,7 @@ use super::super::{BaseAccess, BaseError, BaseFile, open_base_file};
 use super::allowed_dirs::{AllowedDirs, FileRole};
 use super::chain_error::{ChainError, MAX_BACKING_FILES};
 use super::header::{BackingRef, DataFile, Qcow2Header};
+use super::l1_map::L1Map;
 use super::tables::TableBudget;
 use super::{Qcow2Layer, cluster_cache::ClusterCache};
 use crate::config::{DirectIo, Format, Locking, Passthrough};
@@ -47,6 +48,8 @@ struct ChainImage {
     file: BaseFile,
     /// `None` for a raw image, which ends the chain.
     header: Option<Qcow2Header>,
+    /// Which L2 tables it has.
+    l2_tables: L1Map,
     /// The data file, if the image does not hold its data itself.
     data: Option<(PathBuf, BaseFile)>,
 }
@@ -129,11 +132,12 @@ impl ChainImage {
         allowed: &AllowedDirs,
     ) -> Result<Self, ChainError> {
         if format == "raw" {
-            return Ok(Self { path, file, header: None, data: None });
+            let l2_tables = L1Map::default();
+            return Ok(Self { path, file, header: None, l2_tables, data: None });
         }
         let header_error = |error| ChainError::Header { path: path.clone(), error };
         let header = Qcow2Header::read(&file.file, file.size).map_err(header_error)?;
-        header.check_l1(&file.file, file.size).map_err(header_error)?;
+        let l2_tables = header.check_l1(&file.file, file.size).map_err(header_error)?;
         let data = match &header.data_file {
             DataFile::Inside => None,
             DataFile::External(None) => return Err(ChainError::NoDataFile(path)),
@@ -141,7 +145,7 @@ impl ChainImage {
                 Some(allowed.open(&file, &path, name, FileRole::Data)?)
             }
         };
-        Ok(Self { path, file, header: Some(header), data })
+        Ok(Self { path, file, header: Some(header), l2_tables, data })
     }
 
     /// Opens the backing file `backing` of this image.
@@ -201,6 +205,7 @@ impl ChainImage {
             own,
             data,
             header,
+            self.l2_tables.clone(),
             budget,
             Arc::clone(cluster_cache),
         );

@@ -9,6 +9,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use super::l1_map::L1Map;
+
 /// The signature of qcow2: `QFI\xfb`.
 const MAGIC: &[u8] = b"QFI\xfb";
 /// Lengths in bytes of the fixed part of the header, in version 2 and in version 3.
@@ -147,18 +149,21 @@ impl Qcow2Header {
         self.cluster_size * (self.cluster_size / 8)
     }
 
-    /// Checks that all L2 tables lie inside `file` and do not overlap the header or the L1 table.
+    /// Checks that all L2 tables lie inside `file` and do not overlap the header or the L1 table, and
+    /// returns which there are.
     ///
     /// # Errors
     /// [`HeaderError`] for an L2 table elsewhere.
-    pub fn check_l1(&self, file: &File, file_size: u64) -> Result<(), HeaderError> {
+    pub(super) fn check_l1(&self, file: &File, file_size: u64) -> Result<L1Map, HeaderError> {
+        let mut tables = L1Map::new(self.bytes_per_l2());
         let mut buf = vec![0; 1 << 16];
         let mut at = self.l1.start;
         while at < self.l1.end {
             let left = usize::try_from(self.l1.end - at).unwrap_or(usize::MAX);
             let piece = buf.len().min(left);
             file.read_exact_at(&mut buf[..piece], at)?;
-            for entry in buf[..piece].as_chunks().0 {
+            let first = (at - self.l1.start) / 8;
+            for (index, entry) in (first..).zip(buf[..piece].as_chunks().0) {
                 let offset = u64::from_be_bytes(*entry) & L1_OFFSET;
                 if offset == 0 {
                     continue;
@@ -169,10 +174,11 @@ impl Qcow2Header {
                 if !offset.is_multiple_of(self.cluster_size) || is_over || end > file_size {
                     return damaged(format!("an L2 table at {offset}"));
                 }
+                tables.add(index);
             }
             at += piece as u64;
         }
-        Ok(())
+        Ok(tables)
     }
 }
 
@@ -338,7 +344,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(image).unwrap();
         let header = Qcow2Header::read(&file, image.len() as u64)?;
-        header.check_l1(&file, image.len() as u64).map(|()| header)
+        header.check_l1(&file, image.len() as u64).map(|_| header)
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   BackingChain ── Qcow2Layer ── header.rs     the header, checked before anything else is used
+//!     │               │           l1_map.rs     what no table maps, in one step
 //!     │               │           run_cache.rs  the mapping of the image, cached as runs
 //!     │               └────────── tables.rs     imago reads the tables and inflates clusters,
 //!     │                                         within a budget
@@ -17,6 +18,7 @@ mod chain;
 mod chain_error;
 mod cluster_cache;
 mod header;
+mod l1_map;
 mod run_cache;
 mod tables;
 
@@ -29,6 +31,7 @@ pub use self::chain::{BackingChain, TopImage, open, open_top};
 pub use self::chain_error::ChainError;
 use self::cluster_cache::ClusterCache;
 pub use self::header::{DataFile, HeaderError, Qcow2Header};
+use self::l1_map::L1Map;
 use self::run_cache::{MappedRun, RunCache, RunMapping};
 use self::tables::{ImageTables, TableBudget};
 use super::raw::RawBase;
@@ -45,6 +48,7 @@ pub struct Qcow2Layer {
     data: Arc<RawBase>,
     size: u64,
     cluster_size: u64,
+    l2_tables: L1Map,
     run_cache: RunCache,
     cluster_cache: Arc<ClusterCache>,
     /// How unallocated ranges are described.
@@ -53,7 +57,7 @@ pub struct Qcow2Layer {
 
 impl Qcow2Layer {
     /// Reads the tables of the image `own`, which is also open as `file` and whose `header` has
-    /// been checked; `data` is the file that holds its bytes.
+    /// been checked and has the L2 tables `l2_tables`; `data` is the file that holds its bytes.
     ///
     /// # Errors
     /// The host's errno; `InvalidData` for damaged tables.
@@ -62,6 +66,7 @@ impl Qcow2Layer {
         own: Arc<RawBase>,
         data: Arc<RawBase>,
         header: &Qcow2Header,
+        l2_tables: L1Map,
         budget: &TableBudget,
         inflated: Arc<ClusterCache>,
     ) -> io::Result<Self> {
@@ -71,6 +76,7 @@ impl Qcow2Layer {
             data,
             size: header.size,
             cluster_size: header.cluster_size,
+            l2_tables,
             run_cache: RunCache::new(header.size, header.cluster_size, budget.images()),
             cluster_cache: inflated,
             unallocated_kind: if header.backing.is_some() {
@@ -83,6 +89,12 @@ impl Qcow2Layer {
 
     /// Returns the run at `range.start`, which is inside the size.
     fn run_at(&self, range: &Range<u64>, wait: Wait) -> io::Result<MappedRun> {
+        let unmapped_end = self.l2_tables.unmapped_end(range);
+        if unmapped_end > range.start {
+            // However large it is: the size of a disk is no measure of the work on its image.
+            let range = range.start..unmapped_end;
+            return Ok(MappedRun { range, mapping: RunMapping::Lower });
+        }
         let run = match self.run_cache.get(range) {
             Some(run) => run,
             None => self.look_up_run(range, wait)?,
