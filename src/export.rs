@@ -117,7 +117,7 @@ impl Export<'_> {
     }
 
     /// Writes a qcow2 image into the empty file `out`. With a `backing` file the image holds only
-    /// what the runs cover, in whole clusters.
+    /// what the runs cover, in whole clusters, and what makes its size one of whole sectors.
     ///
     /// # Errors
     /// The host's errors, and those of the imago library as text.
@@ -128,7 +128,10 @@ impl Export<'_> {
         on_progress: OnProgress<'_>,
     ) -> io::Result<()> {
         let mut writer = Qcow2Writer::create(out, self.size, backing)?;
-        let runs = qcow2::whole_clusters(self.runs, self.size);
+        let mut runs = qcow2::whole_clusters(self.runs, self.size);
+        if backing.is_some() {
+            qcow2::add_last_cluster(&mut runs, self.size);
+        }
         let mut data = DataReader::new(self.file, data_len(&runs), on_progress);
         for ImageRun { range, content } in runs {
             match content {

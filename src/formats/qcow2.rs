@@ -31,9 +31,17 @@ pub struct BackingFile {
     pub format: String,
 }
 
+/// The unit in bytes in which QEMU measures disks.
+const SECTOR_SIZE: u64 = 512;
+
 /// A writer of an image. Its ranges are whole clusters ([`whole_clusters`]) in rising order.
+///
+/// A size that is no multiple of [`SECTOR_SIZE`] is rounded up, and the bytes that are added read as
+/// zeros.
 pub struct Qcow2Writer<'a> {
     out: &'a File,
+    /// The size of the disk in bytes.
+    size: u64,
     image: Qcow2Image,
     has_backing_file: bool,
     buf: Vec<u8>,
@@ -48,10 +56,9 @@ impl<'a> Qcow2Writer<'a> {
         let options = StorageOpenOptions::new().write(true);
         let storage = imago::file::File::from_open_file(out.try_clone()?, options)?;
         let cluster = usize::try_from(CLUSTER_SIZE).map_err(io::Error::other)?;
-        // QEMU measures disks in sectors.
         let builder = Qcow2Image::create_builder(storage)
             .cluster_size(cluster)
-            .size(size.next_multiple_of(512));
+            .size(size.next_multiple_of(SECTOR_SIZE));
         let builder = match backing {
             Some(BackingFile { name, format }) => builder.backing(name.clone(), format.clone()),
             None => builder,
@@ -59,7 +66,7 @@ impl<'a> Qcow2Writer<'a> {
         let image = builder.create_open(DenyImplicitOpenGate::default(), |storage| {
             Ok(Qcow2Image::builder(storage).backing(None).write(true))
         })?;
-        Ok(Self { out, image, has_backing_file: backing.is_some(), buf: vec![0; COPY_CHUNK] })
+        Ok(Self { out, size, image, has_backing_file: backing.is_some(), buf: vec![0; COPY_CHUNK] })
     }
 
     /// Makes `range` read as zeros. Without a backing file, clusters missing from the image do.
@@ -70,9 +77,14 @@ impl<'a> Qcow2Writer<'a> {
         if !self.has_backing_file {
             return Ok(());
         }
+        // What the image adds to the disk belongs to its last cluster.
+        let end = match range.end == self.size {
+            true => range.end.next_multiple_of(SECTOR_SIZE),
+            false => range.end,
+        };
         let mut at = range.start;
-        while at < range.end {
-            let left = range.end - at;
+        while at < end {
+            let left = end - at;
             let (_, len) = self.image.ensure_zero_mapping(at, left)?;
             at += len.max(1).min(left);
         }
@@ -147,6 +159,17 @@ pub fn whole_clusters(runs: &[ImageRun], size: u64) -> Vec<ImageRun> {
     all
 }
 
+/// Adds the last cluster of a disk of `size` bytes to `runs`, which are whole clusters, if an image of
+/// it is longer than the disk. In place of the bytes that are added, a backing file may have others:
+/// those that the disk had when it was longer.
+pub fn add_last_cluster(runs: &mut Vec<ImageRun>, size: u64) {
+    let is_covered = runs.last().is_some_and(|last| last.range.end == size);
+    if !size.is_multiple_of(SECTOR_SIZE) && !is_covered {
+        let range = size - size % CLUSTER_SIZE..size;
+        runs.push(ImageRun { range, content: RunContent::Data });
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -171,6 +194,25 @@ mod tests {
             run(9 * CLUSTER_SIZE, size, RunContent::Zeros),
         ];
         assert_eq!(whole_clusters(&runs, size), expected);
+    }
+
+    #[test]
+    fn the_last_cluster_of_an_image_that_is_longer_than_its_disk_is_in_it() {
+        let run = |start, end, content| ImageRun { range: start..end, content };
+        let (start, size) = (3 * CLUSTER_SIZE, 3 * CLUSTER_SIZE + 700);
+        for content in [RunContent::Data, RunContent::Zeros] {
+            let mut covered = vec![run(CLUSTER_SIZE, size, content)];
+            add_last_cluster(&mut covered, size);
+            assert_eq!(covered.len(), 1);
+            let mut runs = vec![run(0, start, content)];
+            add_last_cluster(&mut runs, size);
+            assert_eq!(runs[1..], [run(start, size, RunContent::Data)]);
+        }
+        for whole in [0, start, start + 512] {
+            let mut runs = Vec::new();
+            add_last_cluster(&mut runs, whole);
+            assert_eq!(runs, []);
+        }
     }
 
     proptest! {

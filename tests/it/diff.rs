@@ -86,6 +86,39 @@ fn diff_of_a_resized_disk_has_its_size() {
 }
 
 #[test]
+fn diff_of_a_disk_of_any_size_has_zeros_behind_its_end() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    lab.mount("d=base.img");
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    // The end lies in a cluster that is not changed, that is, in one that is zeroed, and before the
+    // first byte of the next sector.
+    for (round, size) in [100_100, 512 * 1024 + 1, 99_999, 65_537, 3].into_iter().enumerate() {
+        let file = lab.open("m/d");
+        file.set_len(size).unwrap();
+        match round {
+            1 => file.write_all_at(b"changed", size - 7).unwrap(),
+            2 => fallocate(&file, punch, size / 65_536 * 65_536..size).unwrap(),
+            _ => {}
+        }
+        drop(file);
+        lab.ok("diff m/d -o out.qcow2 --overwrite");
+        is_the_disk(&lab, "out.qcow2");
+        // QEMU shows whole sectors, and so does an import.
+        lab.sh("rm -rf new; truncate -s %512 m/d; $COWSLIP import out.qcow2 --overlay new
+             mkdir -p m2; $COWSLIP mount m2 d=base.img,overlay=new; cmp m/d m2/d; $COWSLIP umount m2");
+        lab.umount();
+        lab.mount("d=base.img");
+    }
+    // Between two snapshots, with a backing file that was longer.
+    lab.ok("snapshot m/d one");
+    lab.ok("diff m/d --until one -o one.qcow2");
+    lab.open("m/d").set_len(100_100).unwrap();
+    lab.ok("diff m/d --since one -b one.qcow2 -F qcow2 -o two.qcow2");
+    is_the_disk(&lab, "two.qcow2");
+}
+
+#[test]
 fn diff_over_a_qcow2_base_names_it_as_backing_file() {
     let mut lab = Lab::new();
     lab.base("base.img", SIZE);
@@ -276,7 +309,9 @@ fn interrupted_diff_map_and_import_leave_nothing_behind() {
         // Everything is written except for the name.
         let at_name = [format!("inject=renameat2:signal={signal}:when=1")];
         let (output, _) = strace::run(&lab, "import in.qcow2 --overlay new/", &at_name);
-        assert!(!output.status.success(), "{}", show(&output));
+        // The signal may come too late: then the overlay is complete and has its name.
+        let is_complete = !is_left && lab.path("new").exists();
+        assert!(is_complete || !output.status.success(), "{}", show(&output));
         assert_eq!(lab.path("new.part").exists(), is_left, "{signal}");
         assert!(!is_left || !lab.path("new").exists());
         lab.sh("rm -rf new");
