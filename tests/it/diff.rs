@@ -250,6 +250,45 @@ fn diff_image_can_be_imported_as_an_overlay() {
     );
 }
 
+#[test]
+fn import_that_fails_leaves_nothing_behind() {
+    let mut lab = Lab::new();
+    changed(&mut lab, "d=base.img,overlay=ov");
+    lab.ok("diff m/d -o in.qcow2");
+    lab.umount();
+    let before = names(&lab);
+    let mut failures = 0;
+    for (call, errno) in [
+        ("fdatasync", "EIO"),
+        ("fdatasync", "ENOSPC"),
+        ("fsync", "EIO"),
+        ("fallocate", "EIO"),
+        ("renameat2", "EIO"),
+        ("renameat2", "EEXIST"),
+    ] {
+        for nth in 1.. {
+            let inject = [format!("inject={call}:error={errno}:when={nth}")];
+            let (output, seen) = strace::run(&lab, "import in.qcow2 --overlay new", &inject);
+            // When only the last sync fails, that of its name, the overlay is whole.
+            if output.status.success() || call == "fsync" && lab.path("new").exists() {
+                lab.ok("check new");
+                lab.sh("rm -r new");
+            }
+            if !seen.text.contains("(INJECTED)") {
+                assert!(output.status.success(), "{}", show(&output));
+                break;
+            }
+            if output.status.success() {
+                continue;
+            }
+            failures += 1;
+            assert_eq!(output.status.code(), Some(1), "{call} {nth}: {}", show(&output));
+            assert_eq!(names(&lab), before, "{call} {nth}: {}", show(&output));
+        }
+    }
+    assert!(failures > 8, "{failures}");
+}
+
 /// Returns the names of all files in the lab, except for those of strace.
 fn names(lab: &Lab) -> BTreeSet<String> {
     let entries = fs::read_dir(lab.dir()).unwrap().flatten();

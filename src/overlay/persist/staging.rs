@@ -76,7 +76,10 @@ impl StagingDir {
         }
         // Nothing is left under the old name, so nothing must be removed.
         let _ = self.temp.keep();
-        flock(&self.dir, FlockOperation::Unlock)?;
+        if let Err(error) = flock(&self.dir, FlockOperation::Unlock) {
+            // It is in its place, durably. Nobody waits for the lock of a directory with this name.
+            log::debug!("the lock on '{}' stays: {error}", path.display());
+        }
         Ok(self.dir)
     }
 }
