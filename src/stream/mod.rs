@@ -7,8 +7,8 @@
 //!
 //! `window` decides which bytes may still be changed and which must be sent, and `needed` computes
 //! the window and spill that the writes so far would have needed. Both, like `runs`, hold no data
-//! and do no I/O. `page_store` holds the data, `spill` holds the part that memory has no room for,
-//! and `queue` holds the writes that wait for a stalled sink. `parked` limits what waits for streams. `output` and `input` combine these
+//! and do no I/O. `page_store` holds the data, `spill` holds the part that memory has no room for
+//! (in `segments`, as the spool does), and `queue` holds the writes that wait for a stalled sink. `parked` limits what waits for streams. `output` and `input` combine these
 //! parts, with one thread per stream. docs/streams.md explains the policy.
 //!
 //! Locks: each stream has one lock, held no longer than it takes to copy a request. Sinks, sources
@@ -28,6 +28,7 @@ pub mod page_store;
 pub(crate) mod parked;
 mod queue;
 pub mod runs;
+mod segments;
 pub mod sink;
 pub mod source;
 mod spill;

@@ -1,5 +1,5 @@
-//! The unlinked file for data that does not fit into memory. Every byte is at its own offset of the
-//! disk, so no index is needed, and holes of the disk are holes of the file.
+//! The unlinked file for data that does not fit into memory, in segments. Every byte is at its own
+//! offset of the disk, so no index is needed, and holes of the disk are holes of the file.
 //!
 //! A compressed file consists of units of 64 KiB of disk, each in its own cell, preceded by its
 //! length. The most recently used units stay open, so that small writes do not compress a unit
@@ -11,14 +11,13 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::path::Path;
 
+use super::segments::SegmentedFile;
 use crate::config::SpillCompression;
-use crate::host::{self, os_error};
-use crate::layer::Wait;
+use crate::host::os_error;
 
 /// Bytes of disk in a compressed unit.
 pub(super) const UNIT_SIZE: u64 = UNIT_LEN as u64;
@@ -40,7 +39,7 @@ struct SpillUnit {
 
 /// The file and its open units.
 pub(super) struct SpillFile {
-    file: File,
+    file: SegmentedFile,
     compress: SpillCompression,
     open_units: BTreeMap<u64, SpillUnit>,
     clock: u64,
@@ -48,8 +47,11 @@ pub(super) struct SpillFile {
 
 impl SpillFile {
     /// Creates an unnamed file in `dir`.
+    ///
+    /// # Errors
+    /// The host's errno.
     pub(super) fn new(dir: &Path, compress: SpillCompression) -> io::Result<Self> {
-        let file = tempfile::tempfile_in(dir)?;
+        let file = SegmentedFile::create(dir)?;
         Ok(Self { file, compress, open_units: BTreeMap::new(), clock: 0 })
     }
 
@@ -65,7 +67,7 @@ impl SpillFile {
         known: impl Fn(Range<u64>) -> bool,
     ) -> io::Result<()> {
         if self.compress == SpillCompression::Off {
-            return host::write_all_at(&self.file, &[IoSlice::new(buf)], offset);
+            return self.file.write_all_at(&[IoSlice::new(buf)], offset);
         }
         let mut rest = buf;
         let mut at = offset;
@@ -120,8 +122,7 @@ impl SpillFile {
                 units.start * CELL_SIZE..units.end * CELL_SIZE
             }
         };
-        // An error only wastes space; the file is freed with the stream.
-        let _ = host::punch_hole(&self.file, range);
+        self.file.discard(range);
     }
 
     /// Returns the open unit `number`, opening it if necessary.
@@ -163,19 +164,18 @@ impl SpillFile {
             let stored = if packed.len() < UNIT_LEN { &packed } else { &unit.bytes };
             let len = u32::try_from(stored.len()).map_err(|_| os_error(libc::EIO))?.to_le_bytes();
             let parts = [IoSlice::new(&len), IoSlice::new(stored)];
-            host::write_all_at(&self.file, &parts, number * CELL_SIZE)?;
+            self.file.write_all_at(&parts, number * CELL_SIZE)?;
             let end = (HEADER_LEN + stored.len()) as u64;
             // The unit may have been longer before.
-            let _ =
-                host::punch_hole(&self.file, number * CELL_SIZE + end..(number + 1) * CELL_SIZE);
+            self.file.discard(number * CELL_SIZE + end..(number + 1) * CELL_SIZE);
         }
         self.open_units.remove(&number);
         Ok(())
     }
 }
 
-fn read_exact(file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
-    match host::read_at(file, buf, offset, Wait::Yes)? {
+fn read_exact(file: &SegmentedFile, buf: &mut [u8], offset: u64) -> io::Result<()> {
+    match file.read_at(buf, offset)? {
         len if len == buf.len() => Ok(()),
         _ => Err(os_error(libc::EIO)),
     }
@@ -183,13 +183,9 @@ fn read_exact(file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
 
 #[cfg(test)]
 impl SpillFile {
-    pub(super) fn file(&self) -> &File {
-        &self.file
-    }
-
     /// Returns the bytes allocated on the host.
     pub(super) fn allocated(&self) -> u64 {
-        std::os::unix::fs::MetadataExt::blocks(&self.file.metadata().unwrap()) * 512
+        self.file.allocated()
     }
 }
 
@@ -204,8 +200,7 @@ mod tests {
             spill.write(&[7; UNIT_LEN], number * UNIT_SIZE, |_| false).unwrap();
         }
         // From now on the file cannot be written to, as on a full host.
-        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&spill.file));
-        spill.file = File::open(path).unwrap();
+        spill.file.make_read_only();
         assert!(spill.write(&[8; UNIT_LEN], 99 * UNIT_SIZE, |_| false).is_err());
         let mut bytes = vec![0; UNIT_LEN];
         for number in 0..=MAX_OPEN_UNITS as u64 {

@@ -1,18 +1,15 @@
-//! The spool: all bytes of a source, in a sparse unnamed file.
+//! The spool: all bytes of a source, in a sparse unnamed file in segments.
 //!
 //! The file is new, so unwritten ranges read as zeros: a block that arrives as zeros is not written
 //! and stays a hole, no matter into how many pieces it is split.
 
-use std::fs::File;
 use std::io::{self, IoSlice};
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::extents::{Extent, ExtentKind};
-use crate::host;
-use crate::host::temporary_dir;
-use crate::layer::Wait;
+use crate::extents::Extent;
+use crate::host::{os_error, temporary_dir};
+use crate::stream::segments::SegmentedFile;
 use crate::zeros::is_zero;
 
 /// The granularity of holes in bytes: 4 KiB, the block size of common host file systems. A smaller
@@ -20,10 +17,7 @@ use crate::zeros::is_zero;
 const BLOCK_SIZE: u64 = 4 << 10;
 
 /// The spool file. Its bytes are at the same offsets as on the disk.
-pub(super) struct SpoolFile {
-    file: File,
-    dir: PathBuf,
-}
+pub(super) struct SpoolFile(SegmentedFile);
 
 impl SpoolFile {
     /// Creates a spool in `$TMPDIR`, or in `/var/tmp` if that is not set.
@@ -35,11 +29,11 @@ impl SpoolFile {
     }
 
     fn create_in(dir: &Path) -> io::Result<Self> {
-        let file = tempfile::tempfile_in(dir).map_err(|error| {
+        let file = SegmentedFile::create(dir).map_err(|error| {
             let line = format!("no spool in {}: {error}; set TMPDIR", dir.display());
             io::Error::new(error.kind(), line)
         })?;
-        Ok(Self { file, dir: dir.to_owned() })
+        Ok(Self(file))
     }
 
     /// Stores `bytes` at `offset`, where nothing was stored before.
@@ -65,7 +59,7 @@ impl SpoolFile {
         if data.is_empty() {
             return Ok(());
         }
-        host::write_all_at(&self.file, &[IoSlice::new(data)], offset + (end - data.len()) as u64)
+        self.0.write_all_at(&[IoSlice::new(data)], offset + (end - data.len()) as u64)
     }
 
     /// Reads `range`, all of which must have been stored.
@@ -73,39 +67,32 @@ impl SpoolFile {
     /// # Errors
     /// The host's errno.
     pub(super) fn read(&self, range: &Range<u64>) -> io::Result<Vec<u8>> {
-        let len =
-            usize::try_from(range.end - range.start).map_err(|_| host::os_error(libc::EINVAL))?;
+        let len = usize::try_from(range.end - range.start).map_err(|_| os_error(libc::EINVAL))?;
         let mut bytes = vec![0; len];
-        // A short read ends at the end of the file: the rest are zeros that were not written.
-        host::read_at(&self.file, &mut bytes, range.start, Wait::Yes)?;
+        // Zeros were not written, and are what is read past the end of the file.
+        self.0.read_at(&mut bytes, range.start)?;
         Ok(bytes)
     }
 
     /// Describes a prefix of `range`, which must not be empty and must have been stored.
     pub(super) fn extent_at(&self, range: Range<u64>) -> Extent {
-        match host::extent_at(&self.file, range.clone()) {
-            Ok(Some(found)) => found,
-            // Only zeros from here to the end of the file.
-            Ok(None) => Extent::new(range, ExtentKind::Hole),
-            // The host cannot tell: data is always a correct answer.
-            Err(_) => Extent::new(range, ExtentKind::Data),
-        }
+        self.0.extent_at(range)
     }
 
     /// Returns the space used on the host, in bytes.
     pub(super) fn used(&self) -> u64 {
-        self.file.metadata().map_or(0, |meta| meta.blocks() * 512)
+        self.0.allocated()
     }
 
     /// Returns the directory of the spool, for messages.
     pub(super) fn dir(&self) -> &Path {
-        &self.dir
+        self.0.dir()
     }
 
     /// Creates a spool in a file given by a test.
     #[cfg(test)]
-    pub(super) fn of(file: File, dir: &Path) -> Self {
-        Self { file, dir: dir.to_owned() }
+    pub(super) fn of(file: std::fs::File, dir: &Path) -> Self {
+        Self(SegmentedFile::of_file(file, dir))
     }
 }
 
@@ -121,6 +108,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::extents::ExtentKind;
 
     /// Stores runs of `(kind, blocks)` in pieces of `step` bytes.
     fn stored(runs: &[(u8, usize)], step: usize) -> (tempfile::TempDir, SpoolFile, Vec<u8>) {
@@ -155,6 +143,17 @@ mod tests {
     fn the_error_for_a_missing_directory_names_it() {
         let error = SpoolFile::create_in(Path::new("/nowhere/at/all")).err().unwrap();
         assert!(error.to_string().starts_with("no spool in /nowhere/at/all: "), "{error}");
+    }
+
+    #[test]
+    fn bytes_beyond_16_tib_can_be_spooled() {
+        let spool = SpoolFile::create_in(Path::new("/var/tmp")).unwrap();
+        let (start, end) = (17 << 40, 18 << 40);
+        spool.store(&[5; 8192], start).unwrap();
+        assert_eq!(spool.read(&(start - 1..start + 2)).unwrap(), [0, 5, 5]);
+        let extents = [spool.extent_at(start - 4096..end), spool.extent_at(start..end)];
+        let hole = Extent::new(start - 4096..start, ExtentKind::Hole);
+        assert_eq!(extents, [hole, Extent::new(start..start + 8192, ExtentKind::Data)]);
     }
 
     proptest! {
