@@ -35,7 +35,7 @@ impl Disk {
     /// Writes to the output stream `output` of this disk; `reply` is called once. `client` is the
     /// thread that waits for the reply; `None` for the kernel's page cache.
     ///
-    /// The errors passed to `reply` are those of [`Output::write`], and `ENOSPC` past the end.
+    /// The errors passed to `reply` are those of [`Output::write`].
     pub fn stream_write(
         &self,
         output: &Output,
@@ -45,10 +45,9 @@ impl Disk {
         reply: Box<dyn FnOnce(io::Result<()>) + Send>,
     ) {
         let end = offset.checked_add(buf.len() as u64);
-        if end.is_none_or(|end| end > output.size()) {
-            return reply(Err(io::Error::from_raw_os_error(libc::ENOSPC)));
+        if end.is_some_and(|end| end <= output.size()) {
+            self.touch_times(&Top::Nothing);
         }
-        self.touch_times(&Top::Nothing);
         match client {
             Some(client) => output.write(offset, buf, client, reply),
             None => output.write_back(offset, buf, reply),

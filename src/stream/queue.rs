@@ -16,6 +16,15 @@ use crate::stream::parked::ParkPermit;
 /// The most bytes of memory for waiting writes: 1 MiB, one request of the largest size.
 const MEMORY_LIMIT: usize = 1 << 20;
 
+/// Where a write comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WriteSource {
+    /// A thread that waits for the reply; 0 if unknown.
+    Client(u32),
+    /// The kernel's page cache: whoever changed the bytes may never learn of an error.
+    PageCache,
+}
+
 /// A callback that answers a write.
 pub(super) type WriteReply = Box<dyn FnOnce(io::Result<()>) + Send>;
 
@@ -28,10 +37,10 @@ enum QueuedBytes {
 /// A waiting write.
 pub(super) struct QueuedWrite {
     pub(super) offset: u64,
-    len: usize,
+    pub(super) len: usize,
     bytes: QueuedBytes,
-    /// The process that waits for the reply; 0 if unknown.
-    client: u32,
+    /// With the process, instead of the thread, that waits for the reply.
+    pub(super) source: WriteSource,
     pub(super) reply: WriteReply,
     /// Missing if the write must not be refused and too many waited.
     _permit: Option<ParkPermit>,
@@ -67,7 +76,7 @@ impl WriteQueue {
         permit: Option<ParkPermit>,
         offset: u64,
         buf: &[u8],
-        client: u32,
+        source: WriteSource,
         reply: WriteReply,
     ) {
         let len = buf.len();
@@ -82,8 +91,13 @@ impl WriteQueue {
             }
         };
         // Resolved now, while the calling thread still exists.
-        let client = if client == 0 { 0 } else { host::process_of_thread(client) };
-        self.writes.push_back(QueuedWrite { offset, len, bytes, client, reply, _permit: permit });
+        let source = match source {
+            WriteSource::Client(thread) if thread != 0 => {
+                WriteSource::Client(host::process_of_thread(thread))
+            }
+            source => source,
+        };
+        self.writes.push_back(QueuedWrite { offset, len, bytes, source, reply, _permit: permit });
     }
 
     fn write_to_file(&mut self, buf: &[u8]) -> Option<u64> {
@@ -96,10 +110,10 @@ impl WriteQueue {
         Some(at)
     }
 
-    /// Returns the offset and the data of the oldest write.
-    pub(super) fn first(&self) -> Option<(u64, io::Result<Vec<u8>>)> {
+    /// Returns the offset, the source and the data of the oldest write.
+    pub(super) fn first(&self) -> Option<(u64, WriteSource, io::Result<Vec<u8>>)> {
         let first = self.writes.front()?;
-        Some((first.offset, self.bytes_of(first)))
+        Some((first.offset, first.source, self.bytes_of(first)))
     }
 
     fn bytes_of(&self, waiting: &QueuedWrite) -> io::Result<Vec<u8>> {
@@ -143,24 +157,23 @@ impl WriteQueue {
     }
 
     /// Removes the writes of the clients for which `is_killed` returns true.
-    pub(super) fn take_killed(&mut self, is_killed: impl Fn(u32) -> bool) -> Vec<WriteReply> {
+    pub(super) fn take_killed(&mut self, is_killed: impl Fn(u32) -> bool) -> Vec<QueuedWrite> {
         let (killed, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.writes)
             .into_iter()
-            .partition(|waiting| waiting.client != 0 && is_killed(waiting.client));
+            .partition(|waiting| match waiting.source {
+                WriteSource::Client(process) => process != 0 && is_killed(process),
+                WriteSource::PageCache => false,
+            });
         self.writes = rest.into();
-        let mut replies = Vec::with_capacity(killed.len());
-        for waiting in killed {
-            self.release_space(&waiting);
-            replies.push(waiting.reply);
-        }
-        replies
+        killed.iter().for_each(|waiting| self.release_space(waiting));
+        killed
     }
 
     /// Removes all writes.
-    pub(super) fn take_all(&mut self) -> Vec<WriteReply> {
+    pub(super) fn take_all(&mut self) -> Vec<QueuedWrite> {
         self.memory_used = 0;
         self.file_end = 0;
         self.file = None;
-        self.writes.drain(..).map(|waiting| waiting.reply).collect()
+        self.writes.drain(..).collect()
     }
 }

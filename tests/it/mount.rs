@@ -1404,3 +1404,30 @@ fn limit_includes_reserved_space() {
     assert!((16 * MIB..=20 * MIB).contains(&reserved), "{reserved}");
     drop(file);
 }
+
+#[test]
+fn refused_write_back_is_told_by_msync() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 8 * MIB);
+    lab.mount("d=base.img,limit=1M");
+    let (file, other) = (lab.open("m/d"), lab.open("m/d"));
+    let len = 8 * MIB as usize;
+    // SAFETY: a new mapping inside a file that stays open, used by nobody else.
+    unsafe {
+        let map = libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        );
+        assert_ne!(map, libc::MAP_FAILED);
+        std::ptr::write_bytes(map.cast::<u8>(), 7, len);
+        let result = libc::msync(map, len, libc::MS_SYNC);
+        let error = std::io::Error::last_os_error().raw_os_error();
+        assert_eq!((result, error), (-1, Some(libc::ENOSPC)));
+        libc::munmap(map, len);
+    }
+    assert_eq!(errno_of(other.sync_all()), libc::ENOSPC);
+}

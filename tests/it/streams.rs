@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 use std::process::{Child, Stdio};
@@ -735,4 +736,130 @@ fn run_whose_sink_stalls_at_the_end_can_be_stopped() {
     wait_until("run ends", || run.0.try_wait().unwrap().is_some());
     assert_eq!(run.0.wait().unwrap().code(), Some(143));
     wait_until("its daemon ends", || daemons_of(lab.dir()).is_empty());
+}
+
+/// Writes `bytes` through a shared mapping of the disk; the kernel writes them back after the file
+/// was closed, when nobody can be told of an error any more.
+fn write_mapped(lab: &Lab, name: &str, offset: u64, bytes: &[u8]) {
+    let file = lab.open(name);
+    // SAFETY: the mapping is new, as long as `bytes`, inside the file, and used by nobody else.
+    unsafe {
+        let map = libc::mmap(
+            std::ptr::null_mut(),
+            bytes.len(),
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            offset as libc::off_t,
+        );
+        assert_ne!(map, libc::MAP_FAILED);
+        drop(file);
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), map.cast(), bytes.len());
+        assert_eq!(libc::munmap(map, bytes.len()), 0);
+    }
+}
+
+#[test]
+fn refused_write_back_fails_the_stream() {
+    // A spill file that may not grow, one that cannot be created, and one without space.
+    let limits = [
+        ("ulimit -Sf 4096", "File too large"),
+        ("mkdir t; export TMPDIR=$PWD/t", "No such file or directory"),
+        ("mkdir t; mount -t tmpfs -o size=4m t t; export TMPDIR=$PWD/t", "No space left on device"),
+    ];
+    for (limit, why) in limits {
+        let lab = Lab::new();
+        lab.sh(&format!(
+            "{limit}; $COWSLIP mount m o=stream:24M,window=0,spill=24M,to=file:o.img --log log.txt"
+        ));
+        if why.starts_with("No such") {
+            lab.sh("rmdir t");
+        }
+        // Downwards, so that nothing that is held can leave.
+        for at in (0..24).rev() {
+            write_mapped(&lab, "m/o", at * MIB, &noise(MIB, at));
+        }
+        assert_eq!(stream(&lab, "o")["state"], "failed", "{why}");
+        assert_eq!(lab.cowslip("status").status.code(), Some(3), "{why}");
+        let line = lab.refused(1, "finish m/o");
+        assert!(
+            line.contains("that the kernel wrote back were refused") && line.contains(why),
+            "{line}"
+        );
+        assert!(lab.log().contains(why));
+        lab.refused(1, "umount m");
+        assert!(!lab.path("o.img").exists(), "{why}");
+    }
+}
+
+#[test]
+fn refused_write_must_be_repeated_before_a_stream_is_finished() {
+    // Downwards, so that nothing that is held can leave.
+    let write = "for at in $(seq 23 -1 0); do
+                     dd if=src of=m/o bs=1M count=1 skip=$at seek=$at conv=notrunc status=none
+                 done";
+    for repeats in [false, true] {
+        let lab = Lab::new();
+        lab.sh("mkdir t; mount -t tmpfs -o size=8m t t; head -c 24M /dev/urandom > src
+             export TMPDIR=$PWD/t
+             $COWSLIP mount m o=stream:24M,window=0,spill=24M,to=file:o.img --log log.txt");
+        lab.sh(&format!("set +e; {write} 2> refused; grep -q 'No space left' refused"));
+        if repeats {
+            lab.sh(&format!("mount -o remount,size=64m t; {write}"));
+            lab.ok("finish m/o");
+            lab.umount();
+            same(&lab, "src", "o.img");
+        } else {
+            let line = lab.refused(1, "finish m/o");
+            assert!(line.contains("bytes are missing, the first at 0: "), "{line}");
+            lab.refused(1, "umount m");
+            assert!(!lab.path("o.img").exists());
+        }
+    }
+}
+
+#[test]
+fn spill_that_may_not_grow_makes_room_like_a_full_one() {
+    let lab = Lab::new();
+    lab.sh("head -c 32M /dev/urandom > src
+            (ulimit -Sf 1024
+             $COWSLIP mount m 'o=stream:32M,window=0,spill=32M,to=cmd:sh -c \"ulimit -Sf unlimited; cat >o.img\"' --log log.txt)");
+    // In order, so that what is held can leave.
+    lab.sh("dd if=src of=m/o bs=256k conv=notrunc status=none");
+    lab.ok("finish m/o");
+    lab.umount();
+    same(&lab, "src", "o.img");
+}
+
+#[test]
+fn stream_of_more_than_16_tib_keeps_every_byte() {
+    for compress in ["", "spill-compress,"] {
+        let lab = Lab::new();
+        lab.host("t", "ext4 -b 4096", 64 << 20);
+        lab.sh(&format!(
+            "TMPDIR=$PWD/t $COWSLIP mount m 'o=stream:20T,window=0,spill=64M,{compress}frames=rbd,to=cmd:sh -c \"cat >o.rbd\"' --log log.txt"
+        ));
+        let bytes = noise(8 << 20, 2);
+        for at in [7_u64 << 40, (8 << 40) - (4 << 20), 17 << 40] {
+            write_mapped(&lab, "m/o", at, &bytes);
+            assert!(read(&lab.open("m/o"), at, 8 << 20) == bytes, "{at}");
+        }
+        lab.ok("finish m/o");
+        lab.umount();
+        let file = File::open(lab.path("o.rbd")).unwrap();
+        let mut decoder = RbdDecoder::new(file).unwrap();
+        let mut data = Vec::new();
+        loop {
+            match decoder.next_record().unwrap() {
+                RbdRecord::Data(range) => {
+                    let mut there = vec![0; (range.end - range.start) as usize];
+                    decoder.input().read_exact(&mut there).unwrap();
+                    data.extend(there);
+                }
+                RbdRecord::End => break,
+                _ => {}
+            }
+        }
+        assert!(data == [&*bytes, &*bytes, &*bytes].concat());
+    }
 }

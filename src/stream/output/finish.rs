@@ -8,6 +8,7 @@ use parking_lot::MutexGuard;
 
 use super::{Output, OutputCore, OutputState, reply_all, spec_size};
 use crate::config::{FinishWhen, Pad, format_size};
+use crate::host::os_error;
 
 /// The longest wait of `finish` for writers to close: RELEASE arrives after close(2) has returned.
 const WRITERS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -76,7 +77,7 @@ impl Output {
 
     /// Completes the stream: waits for writers to close, sends the held data, and waits for the
     /// sink. A repeated call continues to wait, or returns the same result. The returned line is
-    /// for the user.
+    /// for the user. A stream of which a write was refused and not repeated fails.
     ///
     /// # Errors
     /// [`FinishError`]. When `timeout` has run out, the sink goes on, and `finish` may be called
@@ -147,12 +148,22 @@ impl Output {
     }
 
     fn begin_finish(&self, core: &mut MutexGuard<'_, OutputCore>) {
-        core.state = OutputState::Finishing;
-        let end = self.end_offset(core);
-        core.window.finish(end);
-        self.work.notify_all();
-        let refused = core.queue.take_all();
-        MutexGuard::unlocked(core, || reply_all(refused, libc::EIO));
+        // A write that still waits is refused, like all after it.
+        let waiting = core.queue.take_all();
+        for write in &waiting {
+            let range = write.offset..write.offset + write.len as u64;
+            self.note_refused(core, range, write.source, &os_error(libc::EIO));
+        }
+        if let Some(debt) = core.refused.debt() {
+            self.fail(core, debt);
+        }
+        if core.state == OutputState::Open {
+            core.state = OutputState::Finishing;
+            let end = self.end_offset(core);
+            core.window.finish(end);
+            self.work.notify_all();
+        }
+        MutexGuard::unlocked(core, || reply_all(waiting, libc::EIO));
     }
 
     /// Explains why a stream is aborted that could not be finished in time.
@@ -269,7 +280,9 @@ impl Output {
     }
 
     fn abort_unfinished(&self) -> Result<Option<String>, String> {
-        let was_written = self.core.lock().window.highest() > 0;
+        let core = self.core.lock();
+        let was_written = core.window.highest() > 0 || !core.refused.is_empty();
+        drop(core);
         self.abort("unmounted before it was finished")?;
         let line =
             "the stream was not finished, and is given up: cowslip finish comes before umount";

@@ -15,9 +15,11 @@
 //! `writes` implements the writes and discards, `sender` the thread, and `finish` the end of a
 //! stream.
 //!
-//! A failure is permanent: every later write, sync and close is `EIO`.
+//! A failure is permanent: every later write, sync and close is `EIO`. A write that is refused
+//! leaves a debt (`refused`): without it the image is not whole.
 
 mod finish;
+mod refused;
 mod sender;
 mod sink_trait;
 mod writes;
@@ -33,11 +35,12 @@ use std::thread::{self, JoinHandle};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 pub use self::finish::{DrainTimeout, FinishError};
+use self::refused::RefusedWrites;
 pub use self::sink_trait::{Sink, SinkCallback, SinkEvent};
 use super::monitor::Monitor;
 use super::needed::NeededSizes;
 use super::page_store::PageStore;
-use super::queue::{WriteQueue, WriteReply};
+use super::queue::{QueuedWrite, WriteQueue, WriteReply};
 use super::runs::Written;
 use super::stop::Stop;
 use super::window::Window;
@@ -137,6 +140,7 @@ struct OutputCore {
     window: Window,
     pages: PageStore,
     queue: WriteQueue,
+    refused: RefusedWrites,
     /// Rewrites of ranges already sent, for frames that carry offsets.
     rewrites: VecDeque<(u64, Rewrite)>,
     rewrite_bytes: u64,
@@ -207,6 +211,7 @@ impl Output {
             window,
             pages: PageStore::new(memory, dir.clone(), spec.compress),
             queue: WriteQueue::new(dir),
+            refused: RefusedWrites::default(),
             rewrites: VecDeque::new(),
             rewrite_bytes: 0,
             state: OutputState::Open,
@@ -360,9 +365,9 @@ impl Output {
     }
 }
 
-fn reply_all(replies: Vec<WriteReply>, code: i32) {
-    for reply in replies {
-        reply(Err(os_error(code)));
+fn reply_all(writes: Vec<QueuedWrite>, code: i32) {
+    for write in writes {
+        (write.reply)(Err(os_error(code)));
     }
 }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::writes::WriteOutcome;
 use super::{Output, OutputCore, OutputState, Rewrite, Sink, reply_all};
-use crate::host::os_error;
 use crate::stream::page_store::PageBytes;
+use crate::stream::queue::WriteSource;
 use crate::stream::runs::Written;
 use crate::stream::window::OutgoingRun;
 
@@ -149,10 +149,14 @@ impl Output {
             core.dropped_end = keep;
         }
         let mut done = Vec::new();
-        while let Some((offset, bytes)) = self.first_fitting(&core) {
-            let attempt = match &bytes {
-                Ok(bytes) => self.try_write(&mut core, offset, bytes),
-                Err(_) => WriteOutcome::Done(Err(os_error(libc::EIO))),
+        while let Some((offset, source, bytes)) = self.first_fitting(&core) {
+            let attempt = match bytes {
+                Ok(bytes) => self.try_write(&mut core, offset, &bytes, source),
+                Err(error) => {
+                    let len = core.queue.first_len().unwrap_or(0) as u64;
+                    self.note_refused(&mut core, offset..offset + len, source, &error);
+                    WriteOutcome::Done(Err(error))
+                }
             };
             match attempt {
                 WriteOutcome::NoRoom => break,
@@ -170,7 +174,7 @@ impl Output {
     }
 
     /// Returns the oldest waiting write, unless there is certainly no room for it.
-    fn first_fitting(&self, core: &OutputCore) -> Option<(u64, io::Result<Vec<u8>>)> {
+    fn first_fitting(&self, core: &OutputCore) -> Option<(u64, WriteSource, io::Result<Vec<u8>>)> {
         let len = core.queue.first_len()? as u64;
         if self.has_room(core, len) { core.queue.first() } else { None }
     }

@@ -1,6 +1,7 @@
 //! Tests of output streams with sinks in memory that can be stalled.
 
 use std::io::IoSlice;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -116,11 +117,19 @@ fn spec(size: u64, window: u64, read_window: u64, spill: u64) -> StreamSpec {
 }
 
 fn start(spec: &StreamSpec, rewrites: bool) -> (Arc<Output>, Arc<MemorySinkState>) {
+    start_in(std::env::temp_dir(), spec, rewrites)
+}
+
+fn start_in(
+    dir: PathBuf,
+    spec: &StreamSpec,
+    rewrites: bool,
+) -> (Arc<Output>, Arc<MemorySinkState>) {
     let shared = Arc::new(MemorySinkState::new());
     let stop = Stop::new().unwrap();
     let sink = MemorySink { shared: Arc::clone(&shared), rewrites, stop: stop.clone() };
     let monitor = shared.monitor.clone();
-    let output = Output::start("o", spec, Box::new(sink), monitor, stop, std::env::temp_dir());
+    let output = Output::start("o", spec, Box::new(sink), monitor, stop, dir);
     (output.unwrap(), shared)
 }
 
@@ -637,4 +646,124 @@ fn only_writers_wait_for_a_write_that_hangs() {
     output.read(&mut [0; 10], 0, Wait::Yes).unwrap();
     output.abort("the test is over").unwrap();
     assert_eq!(code(output.sync()), libc::EIO);
+}
+
+/// A stream that holds as much as its memory takes, whose spill file cannot be created, and the
+/// directory that is missing.
+fn start_full() -> (Arc<Output>, Arc<MemorySinkState>, PathBuf) {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("spill");
+    let (output, shared) = start_in(dir.clone(), &spec(64 << 20, 0, 0, 64 << 20), false);
+    write(&output, 32 << 20, &vec![1; index(BACKLOG_LIMIT)]).unwrap();
+    // The test removes it.
+    let _ = home.keep();
+    (output, shared, dir)
+}
+
+fn write_back(output: &Output, offset: u64, buf: &[u8]) -> io::Result<()> {
+    let (tell, told) = mpsc::channel();
+    output.write_back(offset, buf, Box::new(move |result| drop(tell.send(result))));
+    told.recv_timeout(Duration::from_secs(30)).expect("an answer")
+}
+
+#[test]
+fn a_refused_write_that_is_not_repeated_fails_the_finish() {
+    let (output, shared, dir) = start_full();
+    assert_eq!(code(write(&output, 40 << 20, &[2; 8192])), libc::ENOENT);
+    // Other writes pay no debt, nor does a part of the same.
+    write(&output, 33 << 20, &[3; 8192]).unwrap();
+    output.discard((40 << 20) + 4096..64 << 20).unwrap();
+    output.sync().unwrap();
+    let error = finish(&output).unwrap_err();
+    let why = "4096 bytes are missing, the first at 41943040: their write was refused (No such file \
+               or directory), and not repeated";
+    assert_eq!(error, FinishError::Failed(why.to_owned()));
+    assert_eq!(finish(&output), Err(error));
+    assert_eq!((output.status().state, code(output.sync())), (OutputState::Failed, libc::EIO));
+    assert!(!shared.whole.load(Ordering::SeqCst));
+    std::fs::remove_dir(dir.parent().unwrap()).unwrap();
+}
+
+#[test]
+fn a_refused_write_that_is_repeated_or_discarded_is_no_loss() {
+    type Payment = fn(&Output, &Path) -> u8;
+    let payments: [Payment; 3] = [
+        |output, dir| {
+            std::fs::create_dir(dir).unwrap();
+            write(output, 40 << 20, &[4; 8192]).unwrap();
+            4
+        },
+        |output, _| {
+            output.discard(40 << 20..(40 << 20) + 8192).unwrap();
+            0
+        },
+        |output, _| {
+            output.truncate(40 << 20).unwrap();
+            0
+        },
+    ];
+    for pay in payments {
+        let (output, shared, dir) = start_full();
+        assert_eq!(code(write(&output, 40 << 20, &[2; 8192])), libc::ENOENT);
+        let value = pay(&output, &dir);
+        finish(&output).unwrap();
+        assert!(shared.bytes.lock()[40 << 20..(40 << 20) + 8192].iter().all(|byte| *byte == value));
+        assert!(shared.whole.load(Ordering::SeqCst));
+        std::fs::remove_dir_all(dir.parent().unwrap()).unwrap();
+    }
+}
+
+#[test]
+fn a_refused_write_back_fails_the_stream_at_once() {
+    let (output, shared, dir) = start_full();
+    assert_eq!(code(write_back(&output, 40 << 20, &[2; 4096])), libc::ENOENT);
+    let why = "4096 bytes at 41943040 that the kernel wrote back were refused: No such file or \
+               directory";
+    until_failed(&output, why);
+    assert_eq!(finish(&output), Err(FinishError::Failed(why.to_owned())));
+    assert!(output.close(&|| false, DrainTimeout::Unlimited).is_err());
+    assert!(!shared.whole.load(Ordering::SeqCst));
+    std::fs::remove_dir(dir.parent().unwrap()).unwrap();
+}
+
+#[test]
+fn the_bytes_inside_of_a_write_past_the_end_must_be_written_again() {
+    let (output, _) = start(&spec(8192, 0, 0, 0), false);
+    assert_eq!(code(write(&output, 8192, &[1; 10])), libc::ENOSPC);
+    assert_eq!(code(write(&output, u64::MAX - 3, &[1; 10])), libc::ENOSPC);
+    assert_eq!(code(write_back(&output, 8192, &[1; 10])), libc::ENOSPC);
+    assert_eq!(code(write(&output, 8000, &[1; 4096])), libc::ENOSPC);
+    let debt = output.core.lock().refused.debt().unwrap();
+    assert!(debt.starts_with("192 bytes are missing, the first at 8000"), "{debt}");
+    write(&output, 8000, &[1; 192]).unwrap();
+    finish(&output).unwrap();
+}
+
+#[test]
+fn a_write_that_still_waits_when_the_stream_is_finished_is_missing() {
+    let (output, shared) = start(&spec(64 << 20, 0, 0, 0), false);
+    shared.held_up.store(true, Ordering::SeqCst);
+    let mut at = 0;
+    let waiting = loop {
+        let told = write_later(&output, at, &[1; 1 << 20], FIRST);
+        if !output.core.lock().queue.is_empty() {
+            break told;
+        }
+        at += 1 << 20;
+    };
+    let error = finish(&output).unwrap_err().to_string();
+    assert_eq!(code(waiting.recv().unwrap()), libc::EIO);
+    let start = format!("1048576 bytes are missing, the first at {at}: ");
+    assert!(error.starts_with(&start), "{error}");
+    assert!(!shared.whole.load(Ordering::SeqCst));
+}
+
+#[test]
+fn too_many_refused_ranges_fail_the_stream() {
+    let (output, _, dir) = start_full();
+    for at in 0..=4096_u64 {
+        assert_eq!(code(write(&output, (40 << 20) + at * 4096, &[2; 100])), libc::ENOENT);
+    }
+    assert_eq!(output.status().state, OutputState::Failed);
+    std::fs::remove_dir(dir.parent().unwrap()).unwrap();
 }

@@ -5,12 +5,13 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::{
-    BACKLOG_LIMIT, Output, OutputCore, OutputState, Rewrite, WriteReply, index, reply_all,
-    spec_size,
+    BACKLOG_LIMIT, Output, OutputCore, OutputState, QueuedWrite, Rewrite, WriteReply, index,
+    reply_all, spec_size,
 };
-use crate::host::os_error;
+use crate::host::{is_out_of_space, os_error};
 use crate::stream::page_store::{PAGE_LEN, PAGE_SIZE};
 use crate::stream::parked::ParkPermit;
+use crate::stream::queue::WriteSource;
 use crate::stream::runs::Written;
 use crate::stream::window::Window;
 use crate::zeros::is_zero;
@@ -22,54 +23,53 @@ pub(super) enum WriteOutcome {
     NoRoom,
 }
 
-/// Whether a write is refused when too many wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Parking {
-    Limited,
-    Unlimited,
-}
-
 impl Output {
-    /// Writes `buf` at `offset`, inside the disk. `reply` is called once: immediately, or when the
+    /// Writes `buf` at `offset`. `reply` is called once: immediately, or when the
     /// sink has made room. `client` is the thread that waits for the reply, or 0 if unknown.
     ///
     /// The errors of the reply: `EIO` once the stream is not open any more, and for a change of
     /// data before the frontier, which fails the stream; `EINTR` if the client is killed while it
-    /// waits; `EBUSY` if too many writes wait already.
+    /// waits; `EBUSY` if too many writes wait already; `ENOSPC` past the end of the disk; the host's
+    /// errno from the spill. What was refused must be written again: see
+    /// [`finish`](Self::finish).
     pub fn write(&self, offset: u64, buf: &[u8], client: u32, reply: WriteReply) {
-        self.write_or_park(offset, buf, client, reply, Parking::Limited);
+        self.write_or_park(offset, buf, WriteSource::Client(client), reply);
     }
 
     /// Writes like [`write`](Self::write) what the kernel writes back of a mapping, which nobody
-    /// would write again: any number of such writes may wait.
+    /// would write again: any number of such writes may wait, and one that is refused fails the
+    /// stream.
     pub fn write_back(&self, offset: u64, buf: &[u8], reply: WriteReply) {
-        self.write_or_park(offset, buf, 0, reply, Parking::Unlimited);
+        self.write_or_park(offset, buf, WriteSource::PageCache, reply);
     }
 
-    fn write_or_park(
-        &self,
-        offset: u64,
-        buf: &[u8],
-        client: u32,
-        reply: WriteReply,
-        parking: Parking,
-    ) {
+    fn write_or_park(&self, offset: u64, buf: &[u8], source: WriteSource, reply: WriteReply) {
+        let range = offset..offset.saturating_add(buf.len() as u64);
         let mut core = self.core.lock();
         // Writes keep their order: this one waits behind those already queued.
         let attempt = match core.queue.is_empty() {
-            true => self.try_write(&mut core, offset, buf),
+            _ if range.end > self.size => {
+                let error = os_error(libc::ENOSPC);
+                self.note_refused(&mut core, range.clone(), source, &error);
+                WriteOutcome::Done(Err(error))
+            }
+            true => self.try_write(&mut core, offset, buf, source),
             false if core.state == OutputState::Open => WriteOutcome::NoRoom,
             false => WriteOutcome::Done(Err(os_error(libc::EIO))),
         };
         match attempt {
             WriteOutcome::NoRoom => {
                 let permit = ParkPermit::acquire(core.queue.len());
-                if permit.is_none() && parking == Parking::Limited {
+                if permit.is_none() && source != WriteSource::PageCache {
+                    let error = os_error(libc::EBUSY);
+                    self.note_refused(&mut core, range, source, &error);
+                    let refused = self.take_refused(&mut core);
                     drop(core);
                     log::debug!("{}: too many writes wait for its sink", self.name);
-                    return reply(Err(os_error(libc::EBUSY)));
+                    reply(Err(error));
+                    return reply_all(refused, libc::EIO);
                 }
-                core.queue.push(permit, offset, buf, client, reply);
+                core.queue.push(permit, offset, buf, source, reply);
             }
             WriteOutcome::Done(result) => {
                 let refused = self.take_refused(&mut core);
@@ -82,11 +82,17 @@ impl Output {
     }
 
     /// Takes the waiting writes of a stream that is not open any more, to be refused.
-    pub(super) fn take_refused(&self, core: &mut OutputCore) -> Vec<WriteReply> {
+    pub(super) fn take_refused(&self, core: &mut OutputCore) -> Vec<QueuedWrite> {
         if core.state == OutputState::Open { Vec::new() } else { core.queue.take_all() }
     }
 
-    pub(super) fn try_write(&self, core: &mut OutputCore, offset: u64, buf: &[u8]) -> WriteOutcome {
+    pub(super) fn try_write(
+        &self,
+        core: &mut OutputCore,
+        offset: u64,
+        buf: &[u8],
+        source: WriteSource,
+    ) -> WriteOutcome {
         if core.state != OutputState::Open {
             return WriteOutcome::Done(Err(os_error(libc::EIO)));
         }
@@ -108,12 +114,19 @@ impl Output {
                 return WriteOutcome::Done(Err(os_error(libc::EIO)));
             }
         }
+        let range = pieces.range();
         match self.apply(core, &pieces) {
-            Ok(()) => WriteOutcome::Done(Ok(())),
-            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
-                self.make_room(core, offset, buf.len() as u64)
+            Ok(()) => {
+                core.refused.forget(range);
+                WriteOutcome::Done(Ok(()))
             }
-            Err(error) => WriteOutcome::Done(Err(error)),
+            Err(error) if is_out_of_space(&error) && self.make_room(core, &range) => {
+                WriteOutcome::NoRoom
+            }
+            Err(error) => {
+                self.note_refused(core, range, source, &error);
+                WriteOutcome::Done(Err(error))
+            }
         }
     }
 
@@ -189,20 +202,20 @@ impl Output {
     }
 
     /// Reacts to a host without room for the full spill: the spill allows less from now on, and the
-    /// frontier advances accordingly.
-    fn make_room(&self, core: &mut OutputCore, offset: u64, len: u64) -> WriteOutcome {
+    /// frontier advances accordingly. Returns whether there will be room for a write to `range`.
+    fn make_room(&self, core: &mut OutputCore, range: &Range<u64>) -> bool {
         if core.window.accepted() < core.window.frontier() {
-            return WriteOutcome::NoRoom;
+            return true;
         }
-        let budget = core.window.beyond().saturating_sub(len.max(PAGE_SIZE));
+        let budget = core.window.beyond().saturating_sub((range.end - range.start).max(PAGE_SIZE));
         let frontier = core.window.frontier_for_budget(budget);
         // Not past the write itself, which would come too late for the room that it needs.
-        if frontier > core.window.frontier() && frontier <= offset {
+        let is_possible = frontier > core.window.frontier() && frontier <= range.start;
+        if is_possible {
             core.window.advance_to_budget(budget);
             self.work.notify_one();
-            return WriteOutcome::NoRoom;
         }
-        WriteOutcome::Done(Err(os_error(libc::ENOSPC)))
+        is_possible
     }
 
     fn fail_late_write(&self, core: &mut OutputCore, at: u64) {
@@ -261,6 +274,7 @@ impl Output {
             core.window.set(rest.clone(), None);
             core.pages.drop_within(rest);
         }
+        core.refused.forget(range);
         drop(core);
         self.work.notify_one();
         Ok(())
@@ -287,6 +301,7 @@ impl Output {
         }
         let start = from.max(core.window.frontier());
         core.pages.drop_within(start..self.size);
+        core.refused.forget(from..self.size);
         Ok(())
     }
 }
