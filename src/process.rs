@@ -6,6 +6,7 @@
 //! | descriptors from 3 on | closed once it serves; with `-f` kept | closed |
 //! | umask | 077; files of streams and `--log` are created under the caller's | the caller's |
 //! | soft `RLIMIT_NOFILE` | the hard limit | the caller's |
+//! | soft `RLIMIT_CPU` | the hard limit, less what a good end takes: SIGXCPU ends a mount as SIGTERM does | the caller's |
 //! | soft `RLIMIT_CORE` | 0, and not dumpable: its memory contains data of the disks | the caller's |
 //! | environment | kept for those programs (keys, proxies, agents) | kept, but for `NOTIFY_SOCKET` |
 //!
@@ -30,8 +31,12 @@ static CALLER: OnceLock<CallerLimits> = OnceLock::new();
 #[derive(Debug)]
 struct CallerLimits {
     umask: Mode,
-    limits: [(Resource, Rlimit); 2],
+    limits: [(Resource, Rlimit); 3],
 }
+
+/// CPU time in seconds that is left to end a mount in good order when its time is up: SIGXCPU comes
+/// at the soft limit, SIGKILL at the hard one.
+const CPU_RESERVE: u64 = 10;
 
 /// Makes a write beyond the file size limit (`RLIMIT_FSIZE`) fail with `EFBIG` instead of killing
 /// the process with SIGXFSZ (setrlimit(2)).
@@ -76,9 +81,10 @@ pub fn explain_size_error(error: io::Error) -> io::Error {
 pub fn apply_daemon_limits() {
     let files = getrlimit(Resource::Nofile);
     let core = getrlimit(Resource::Core);
+    let cpu = getrlimit(Resource::Cpu);
     // New files are for their owner only, whoever mounts; files for others get an explicit mode.
     let umask = umask(Mode::RWXG | Mode::RWXO);
-    let limits = [(Resource::Nofile, files), (Resource::Core, core)];
+    let limits = [(Resource::Nofile, files), (Resource::Core, core), (Resource::Cpu, cpu)];
     if CALLER.set(CallerLimits { umask, limits }).is_err() {
         return;
     }
@@ -86,6 +92,9 @@ pub fn apply_daemon_limits() {
     // that use select(2), which this one does not. If raising it fails, opening one disk too many
     // reports why.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files });
+    // A mount works for everybody who has its disks open, for as long as they have them.
+    let cpu_time = cpu.maximum.map(|most| most - CPU_RESERVE.min(most / 2));
+    let _ = setrlimit(Resource::Cpu, Rlimit { current: cpu_time, ..cpu });
     let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), ..core });
     // Only a precaution: if it fails, the core limit above still holds.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);

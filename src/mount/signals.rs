@@ -17,13 +17,14 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXCPU};
 use signal_hook::iterator::Handle;
 
 use crate::pool::Cancellable;
 
-/// The signals that end a mount.
-pub(super) const TERMINATING_SIGNALS: [i32; 4] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
+/// The signals that end a mount; `SIGXCPU` comes every second once the CPU time is used up
+/// (`RLIMIT_CPU`).
+pub(super) const TERMINATING_SIGNALS: [i32; 5] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGXCPU];
 
 /// Time after the first signal from which a second one means that its sender does not want to wait.
 /// An earlier one may be the same signal by another route: a service manager signals command and
@@ -36,6 +37,7 @@ pub(super) fn signal_name(signal: i32) -> String {
         SIGTERM => "SIGTERM".to_owned(),
         SIGINT => "SIGINT".to_owned(),
         SIGHUP => "SIGHUP".to_owned(),
+        SIGXCPU => "SIGXCPU (its CPU time is used up: ulimit -t)".to_owned(),
         other => format!("signal {other}"),
     }
 }

@@ -11,8 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use crate::common::mount::{
-    COWSLIP, KIB, Lab, MIB, Running, daemons_of, errno_of, mounts_below, noise, one_line, put,
-    read, show, signal, wait_until,
+    COWSLIP, KIB, Lab, MIB, Running, daemons_of, errno_of, is_alive, mounts_below, noise, one_line,
+    put, read, show, signal, wait_until,
 };
 use rustix::process::Signal;
 
@@ -164,18 +164,20 @@ fn foreground_mount_keeps_open_files_but_its_commands_do_not() {
 fn stream_commands_have_umask_and_limits_of_the_caller() {
     let lab = Lab::new();
     // Where the hard limit of the core size is 0, the caller's limit stays 0.
-    let before = "umask 027; ulimit -Sn 300; (ulimit -Sc 7) 2>/dev/null && ulimit -Sc 7; \
+    let before = "umask 027; ulimit -Sn 300; ulimit -St 500; (ulimit -Sc 7) 2>/dev/null && ulimit -Sc 7; \
                   ulimit -Sc > core; export NOTIFY_SOCKET=/nowhere";
-    let lines = "(umask; ulimit -Sn; ulimit -Sc; echo ${NOTIFY_SOCKET-none})";
+    let lines = "(umask; ulimit -Sn; ulimit -St; ulimit -Sc; echo ${NOTIFY_SOCKET-none})";
     let told = told_by_a_command(&lab, before, lines, "");
     let core = lab.sh("cat core");
-    assert_eq!(told, format!("0027\n300\n{core}none\n"));
+    assert_eq!(told, format!("0027\n300\n500\n{core}none\n"));
     let pid = lab.pid();
     let proc = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
     assert!(proc("status").contains("Umask:\t0077\n"), "{}", proc("status"));
     let limits = proc("limits");
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
+    let cpu = limits.lines().find(|line| line.starts_with("Max cpu time")).unwrap();
+    assert_eq!(cpu.split_whitespace().nth(3), Some("unlimited"), "{cpu}");
     lab.umount();
     lab.sh(
         "umask 027; $COWSLIP mount m s=stream:64K,to=file:made; echo x > m/s; $COWSLIP finish m/s",
@@ -365,6 +367,26 @@ fn mount_that_reaches_a_limit_leaves_neither_mount_nor_overlay() {
     let words = "mount m d=base,overlay=o.cow --log log.txt";
     let line = one_line(1, &limited(&lab, "--nofile=17", words), "17 descriptors");
     assert!(line.contains("17 open files are too few") && line.contains("ulimit -n"), "{line}");
+}
+
+#[test]
+fn mount_outlives_the_cpu_time_of_its_caller() {
+    let mut lab = Lab::new();
+    lab.base("base", MIB);
+    let mounted = limited(&lab, "--cpu=1:100", "mount m d=base,overlay=o.cow --log log.txt");
+    assert!(mounted.status.success(), "{}", show(&mounted));
+    let pid = lab.pid();
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let cpu = limits.lines().find(|line| line.starts_with("Max cpu time")).unwrap();
+    // The signal comes before the kill, so that there is time for a good end.
+    assert_eq!(cpu.split_whitespace().skip(3).take(2).collect::<Vec<_>>(), ["90", "100"]);
+    lab.open("m/d").write_all_at(b"changed", 0).unwrap();
+    signal(pid, Signal::XCPU).unwrap();
+    wait_until("the daemon ends", || !is_alive(pid));
+    assert_eq!(mounts_below(lab.dir()).len(), 0);
+    let log = fs::read_to_string(lab.path("log.txt")).unwrap();
+    assert!(log.contains("SIGXCPU (its CPU time is used up: ulimit -t): leaving"), "{log}");
+    assert!(lab.ok("check o.cow").contains("clean"));
 }
 
 #[test]
