@@ -26,12 +26,12 @@ const UNDO_FILES: usize = 4;
 pub(super) struct FdReserve(#[expect(dead_code, reason = "held, not used")] Vec<File>);
 
 /// Reserves the descriptors that undoing a mount needs: a lack of them may be the reason for
-/// undoing.
+/// undoing. The mount will have `workers`.
 ///
 /// # Errors
 /// The same as [`check`].
-pub(super) fn reserve_fds() -> Result<FdReserve, String> {
-    probe_files(UNDO_FILES).map(FdReserve)
+pub(super) fn reserve_fds(workers: usize) -> Result<FdReserve, String> {
+    probe_files(UNDO_FILES, workers + EXTRA_FILES).map(FdReserve)
 }
 
 /// Checks that `workers` and the threads and descriptors that go with them are available.
@@ -39,19 +39,28 @@ pub(super) fn reserve_fds() -> Result<FdReserve, String> {
 /// # Errors
 /// A line for the user when a limit is too low.
 pub(super) fn check(workers: usize) -> Result<(), String> {
-    probe_files(workers + EXTRA_FILES).map(drop)?;
+    probe_files(workers + EXTRA_FILES, 0).map(drop)?;
     probe_threads(workers + EXTRA_THREADS)
 }
 
-fn probe_files(wanted: usize) -> Result<Vec<File>, String> {
-    let opened: Result<Vec<File>, _> = (0..wanted).map(|_| File::open("/dev/null")).collect();
-    opened.map_err(|error| match (error.raw_os_error(), getrlimit(Resource::Nofile).current) {
-        (Some(libc::EMFILE), Some(limit)) => format!(
-            "{limit} open files are too few: a mount needs {wanted} and two more for each disk: \
-             raise the limit (ulimit -n)"
-        ),
-        _ => format!("no open files left: {error}"),
-    })
+/// Opens `wanted` files; `later` more are needed beside them, for the message.
+fn probe_files(wanted: usize, later: usize) -> Result<Vec<File>, String> {
+    let mut opened = Vec::with_capacity(wanted);
+    while opened.len() < wanted {
+        match (File::open("/dev/null"), getrlimit(Resource::Nofile).current) {
+            (Ok(file), _) => opened.push(file),
+            (Err(error), Some(limit)) if error.raw_os_error() == Some(libc::EMFILE) => {
+                let missing = (wanted - opened.len() + later) as u64;
+                return Err(format!(
+                    "{limit} open files are too few: a mount needs {} and two more for each disk: \
+                     raise the limit (ulimit -n)",
+                    limit.saturating_add(missing)
+                ));
+            }
+            (Err(error), _) => return Err(format!("no open files left: {error}")),
+        }
+    }
+    Ok(opened)
 }
 
 fn probe_threads(wanted: usize) -> Result<(), String> {

@@ -105,7 +105,7 @@ fn start(
     let sink = open_log(plan)?;
     process::apply_daemon_limits();
     logging::start(sink);
-    let reserve = limits::reserve_fds()?;
+    let reserve = limits::reserve_fds(worker_count())?;
     limits::check(worker_count())?;
     let contents = if plan.options.nonempty { AllowedContents::Any } else { AllowedContents::None };
     let prepared = kernel::prepare_mountpoint(&plan.mountpoint, contents)

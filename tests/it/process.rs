@@ -367,6 +367,12 @@ fn mount_that_reaches_a_limit_leaves_neither_mount_nor_overlay() {
     let words = "mount m d=base,overlay=o.cow --log log.txt";
     let line = one_line(1, &limited(&lab, "--nofile=17", words), "17 descriptors");
     assert!(line.contains("17 open files are too few") && line.contains("ulimit -n"), "{line}");
+    // It says the same number, and more than there are, wherever the limit was met.
+    let needed = |line: &str| -> u64 {
+        line.split("needs ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap()
+    };
+    let second = one_line(1, &limited(&lab, "--nofile=24", words), "24 descriptors");
+    assert!(needed(&line) > 24 && needed(&line) == needed(&second), "{line}\n{second}");
 }
 
 #[test]
