@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::client::Endpoint;
+use super::client::{Endpoint, check_answers};
 use super::mount::current_dir;
 use super::plan;
 use super::progress::{ProgressDisplay, Verbosity};
@@ -32,7 +32,14 @@ pub(super) struct AddArgs {
 
 pub(super) fn run(args: &AddArgs) -> anyhow::Result<u8> {
     let dir = current_dir()?;
-    check_stdio(&plan::parse_disk_arg(&args.disk, &dir)?)?;
+    let disk = plan::parse_disk_arg(&args.disk, &dir)?;
+    check_stdio(&disk)?;
+    // The daemon opens them, and would hang with them.
+    let source = match &disk.source {
+        DiskSource::File(path) => Some(path),
+        DiskSource::Blank(_) | DiskSource::Stream(_) => None,
+    };
+    source.into_iter().chain(&disk.overlay).try_for_each(|path| check_answers(path))?;
     let mount = match Endpoint::of(&args.mountpoint) {
         Ok(mount) => mount,
         Err(error) => return Err(swapped_error(args).unwrap_or(error)),

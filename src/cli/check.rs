@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::client::check_answers;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
 use super::table::{Align, Table};
@@ -37,6 +38,7 @@ pub(super) struct CheckArgs {
 }
 
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
+    check_answers(&args.overlay)?;
     args.trust.allow(&current_dir()?)?;
     let mode = if args.repair { CheckMode::Repair } else { CheckMode::Report };
     if mode == CheckMode::Report {

@@ -43,8 +43,8 @@ pub(super) struct CommitArgs {
 
 pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
     args.trust.allow(&current_dir()?)?;
-    if !args.target.join("stack").is_file() {
-        let place = mounted_disk(&args.target)?;
+    // The mount table first: a call into a mount may hang with it.
+    if let Some(place) = mounted_disk(&args.target)? {
         if let Some(base) = place.disk_status().ok().and_then(|disk| disk.base) {
             print_base(&place.disk.clone().unwrap_or_default(), &base);
         }
@@ -63,20 +63,21 @@ pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
     commit_offline(&dir, args.verbosity)
 }
 
-/// Returns the endpoint of the mounted disk at `path`.
-fn mounted_disk(path: &Path) -> anyhow::Result<Endpoint> {
+/// Returns the endpoint of the mounted disk at `path`; `None` for an overlay that is not mounted.
+fn mounted_disk(path: &Path) -> anyhow::Result<Option<Endpoint>> {
+    if mountinfo::enclosing_mount(path).is_some() {
+        return Endpoint::of_disk(path).map(Some);
+    }
+    if path.join("stack").is_file() {
+        return Ok(None);
+    }
     let shown = path.display();
     if is_store(path) {
         anyhow::bail!("'{shown}' is a store: mount it, and name a mounted disk");
     }
-    match Endpoint::of(path) {
-        // For a path in a mount, this error is the more precise one.
-        Ok(_) => Endpoint::of_disk(path),
-        Err(error) if mountinfo::enclosing_mount(path).is_some() => Err(error),
-        Err(_) => anyhow::bail!(
-            "'{shown}' is no overlay and no mounted disk: name the file in its mount, or the directory of an overlay"
-        ),
-    }
+    anyhow::bail!(
+        "'{shown}' is no overlay and no mounted disk: name the file in its mount, or the directory of an overlay"
+    )
 }
 
 /// Announces the base that a commit is about to write to.

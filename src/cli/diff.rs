@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 
-use super::client::Endpoint;
+use super::client::{Endpoint, check_answers};
 use super::point_in_time::PointInTime;
 use super::progress::{ProgressDisplay, Verbosity};
 use super::{CliError, EXIT_OK, cleanup, print_line, restore_sigpipe};
@@ -248,6 +248,7 @@ fn resolve_output(args: &DiffArgs) -> anyhow::Result<(PathBuf, Option<Permission
     let shown = args.out.display();
     let out = super::mount::current_dir()?.join(&args.out);
     let failed = || format!("cannot write '{shown}'");
+    check_answers(&out)?;
     match trusted_path::locate(&out) {
         Ok(found) if !found.metadata().is_file() => {
             anyhow::bail!("'{shown}' is no file: name a file, or - for stdout")

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::Args;
 
+use super::client::check_answers;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
 use super::{EXIT_OK, cleanup, print_line};
@@ -27,6 +28,8 @@ pub(super) struct ImportArgs {
 
 pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     let here = current_dir()?;
+    check_answers(&args.image)?;
+    check_answers(&args.overlay)?;
     args.trust.allow(&here)?;
     let allow_backing = args.allow_backing.iter().map(|below| here.join(below)).collect();
     let image = here.join(&args.image);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::client::Endpoint;
+use super::client::{Endpoint, check_answers};
 use super::long_request::LongRequest;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
@@ -27,6 +27,7 @@ pub(super) struct KeepArgs {
 pub(super) fn run(args: &KeepArgs) -> anyhow::Result<u8> {
     let disk = Endpoint::of_disk(&args.file)?;
     let here = current_dir()?;
+    check_answers(&args.dir)?;
     let (dir, trust) = (destination(&here, &args.dir)?, args.trust.allow(&here)?);
     ask_long(&disk, &DiskRequest::Keep { dir, trust }, LongRequest::Keep, args.verbosity)
 }

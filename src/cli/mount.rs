@@ -149,7 +149,11 @@ fn check_order(first: &Path, rest: &[OsString]) -> anyhow::Result<()> {
     if mountinfo::entry_at(first).is_some() || !looks_like_disk(first) {
         return Ok(());
     }
-    let meant = rest.split_last().filter(|(last, _)| Path::new(last).is_dir());
+    let is_dir = |path: &Path| {
+        mountinfo::entry_at(path).is_some()
+            || mountinfo::enclosing_mount(path).is_none() && path.is_dir()
+    };
+    let meant = rest.split_last().filter(|(last, _)| is_dir(Path::new(last)));
     let (mountpoint, others) =
         meant.map_or((OsStr::new("m"), rest), |(last, others)| (last.as_os_str(), others));
     let words = [mountpoint, first.as_os_str()].into_iter();
@@ -161,6 +165,10 @@ fn check_order(first: &Path, rest: &[OsString]) -> anyhow::Result<()> {
 
 /// Whether `path` is a file, or does not exist and has the punctuation of a disk.
 fn looks_like_disk(path: &Path) -> bool {
+    if mountinfo::enclosing_mount(path).is_some() {
+        // All that people name there are disks.
+        return true;
+    }
     match path.metadata() {
         Ok(found) => !found.is_dir(),
         Err(_) => path.as_os_str().as_bytes().iter().any(|byte| b"=,".contains(byte)),

@@ -11,6 +11,7 @@ use super::CliError;
 use crate::config::{self, CacheMode, Config, DiskSpec};
 use crate::confined::{self, FileAccess};
 use crate::host::file_system::{FsKind, HostFs};
+use crate::host::mountinfo;
 use crate::mount::{DaemonMode, MountPlan, OnChangedBase};
 use crate::stream::context::StdioMode;
 use crate::trust;
@@ -154,8 +155,9 @@ impl MountCommand {
 /// # Errors
 /// A usage error.
 pub(super) fn parse_disk_arg(text: &OsStr, dir: &Path) -> anyhow::Result<DiskSpec> {
-    config::parse_disk(text, dir, &|path: &Path| path.exists())
-        .map_err(|error| CliError::usage(error.to_string()))
+    // A call into a mount may hang with it.
+    let exists = |path: &Path| mountinfo::enclosing_mount(path).is_none() && path.exists();
+    config::parse_disk(text, dir, &exists).map_err(|error| CliError::usage(error.to_string()))
 }
 
 fn read_config(path: &Path, dir: &Path) -> anyhow::Result<Config> {

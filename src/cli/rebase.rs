@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::client::check_answers;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
 use super::{EXIT_OK, print_line};
@@ -27,6 +28,8 @@ pub(super) struct RebaseArgs {
 }
 
 pub(super) fn run(args: &RebaseArgs) -> anyhow::Result<u8> {
+    check_answers(&args.overlay)?;
+    check_answers(&args.base)?;
     args.trust.allow(&current_dir()?)?;
     let on_mismatch = if args.force { OnMismatch::Accept } else { OnMismatch::Refuse };
     let shown = args.overlay.display();

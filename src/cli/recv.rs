@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::Args;
 
+use super::client::check_answers;
 use super::meter::TransferMeter;
 use super::progress::Verbosity;
 use super::{CliError, EXIT_OK, print, print_line, warn};
@@ -42,6 +43,10 @@ pub(super) struct RecvArgs {
 }
 
 pub(super) fn run(args: &RecvArgs) -> anyhow::Result<u8> {
+    [Some(&args.file), args.onto.as_ref()]
+        .into_iter()
+        .flatten()
+        .try_for_each(|path| check_answers(path))?;
     if args.resume_offset {
         print(&format!("{}\n", resume_offset(&args.file)?))?;
         return Ok(EXIT_OK);

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Args;
 
-use super::client::{AskError, Endpoint};
+use super::client::{AskError, Endpoint, check_answers};
 use super::meter::TransferMeter;
 use super::point_in_time::PointInTime;
 use super::progress::Verbosity;
@@ -89,6 +89,9 @@ fn open_source(
     since: Option<&str>,
     verbosity: Verbosity,
 ) -> anyhow::Result<(TransferSource, Option<Changes>)> {
+    if file != Path::new("-") {
+        check_answers(file)?;
+    }
     let place = match Endpoint::of_disk(file) {
         Ok(place) if file != Path::new("-") => place,
         Err(error) if since.is_some() => return Err(error),

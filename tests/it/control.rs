@@ -238,6 +238,46 @@ fn sigterm_ends_a_mount_cleanly() {
 }
 
 #[test]
+fn commands_end_although_a_daemon_is_stopped() {
+    let lab = lab();
+    lab.sh("mkdir m2 m3; $COWSLIP mount m2 b=blank:1M --log log2.txt");
+    lab.sh(
+        "truncate -s 1M b; $COWSLIP mount m3 b=b,overlay=ov2; echo x > m3/b; $COWSLIP umount m3",
+    );
+    lab.sh("cp m/e out; rm out");
+    let pid = lab.pid();
+    stop(pid);
+    let commands = [
+        "commit m/e",
+        "send m/e",
+        "send m/.cowslip/e/map",
+        "recv m/e --overwrite",
+        "import m/e --overlay new",
+        "rebase ov2 --base m/d",
+        "check m/e",
+        "diff m2/b -O bmap -o m/x",
+        "map m2/b --svg m/x",
+        "keep m2/b m/x",
+        "add m2 f=m/e",
+        "snapshot m/e",
+        "status m",
+    ];
+    std::thread::scope(|scope| {
+        for words in commands {
+            let lab = &lab;
+            scope.spawn(move || {
+                let output = lab.cowslip(words);
+                assert!(!output.status.success(), "{words}");
+                let said = show(&output);
+                assert!(said.contains("does not answer") || words == "status m", "{words}: {said}");
+            });
+        }
+    });
+    signal(pid, rustix::process::Signal::CONT).unwrap();
+    lab.ok("umount m2");
+}
+
+#[test]
 fn plain_umount_ends_a_mount_cleanly() {
     let lab = lab();
     lab.open("m/e").write_all_at(&noise(MIB, 1), 0).unwrap();

@@ -47,6 +47,19 @@ use crate::mount::kernel::MountHandle;
 /// Time limit for a whole document: a mount that sends a byte now and then counts as hanging too.
 const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Checks that a call on `path` returns: one into a mount whose daemon does not answer would hang, and
+/// could not be interrupted. Every other error is left to whoever opens `path`.
+///
+/// # Errors
+/// [`AskError::Silent`].
+pub(super) fn check_answers(path: &Path) -> Result<(), AskError> {
+    let Some(found) = mountinfo::enclosing_mount(path) else { return Ok(()) };
+    match Endpoint::mount(&found.mount.mountpoint).read("status") {
+        Err(error @ AskError::Silent(_)) => Err(error),
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
 /// A mount or a disk in a mount, to which requests are sent.
 ///
 /// A disk is the one that has the name when it is first asked, even if another disk takes the name

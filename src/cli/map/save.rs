@@ -8,6 +8,7 @@ use std::path::Path;
 use rustix::fs::OFlags;
 
 use crate::base::lock;
+use crate::cli::client::check_answers;
 use crate::config::Overwrite;
 use crate::confined::{PathHandle, is_own};
 use crate::host::os_message;
@@ -24,6 +25,7 @@ pub(super) fn save(out: &Path, text: &str, overwrite: Overwrite) -> anyhow::Resu
     if out == Path::new("-") {
         return crate::cli::print(text);
     }
+    check_answers(out)?;
     let failed = |error: io::Error| {
         let remedy = match error.kind() {
             io::ErrorKind::NotFound => ": its directory must exist",
