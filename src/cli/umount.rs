@@ -26,6 +26,8 @@ use crate::mount::kernel::{MountHandle, MountHealth, UnmountMode};
 use crate::mount::openers;
 use crate::stream::UnmountPolicy;
 
+/// The least time that a daemon has to say who it is, however short `--timeout` is.
+const MIN_ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time limit for the daemon to end: it syncs first, and disks are slow.
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -203,7 +205,7 @@ pub(super) fn end_mount(
 /// Makes everything durable. Returns the daemon's process ID and its report.
 fn drain(mount: &MountHandle, request: DrainRequest) -> Result<(Option<u32>, Lines), AskError> {
     let mount = Endpoint::of_handle(mount);
-    let pid = daemon_pid(&mount)?;
+    let pid = daemon_pid(&mount, request.timeout)?;
     let timeout_ms = request.timeout.map(timeout::to_millis);
     let request = MountRequest::Drain { streams: request.streams, timeout_ms };
     let mut display = ProgressDisplay::new(Verbosity::default());
@@ -217,9 +219,10 @@ fn drain(mount: &MountHandle, request: DrainRequest) -> Result<(Option<u32>, Lin
 }
 
 /// Returns the process ID of the daemon. A mount whose status is not understood can be unmounted, too,
-/// but its daemon is not waited for.
-fn daemon_pid(mount: &Endpoint) -> Result<Option<u32>, AskError> {
-    let status: Value = mount.status()?;
+/// but its daemon is not waited for. A user who has little time waits no longer for the answer.
+fn daemon_pid(mount: &Endpoint, timeout: Option<Duration>) -> Result<Option<u32>, AskError> {
+    let timeout = timeout.map_or(Duration::MAX, |time| time.max(MIN_ANSWER_TIMEOUT));
+    let status: Value = mount.status_within(timeout)?;
     let status = StatusDocument::<MountStatus>::deserialize(status).unwrap_or_default();
     Ok(status.mounts.first().and_then(|mount| mount.pid))
 }

@@ -240,7 +240,15 @@ impl Endpoint {
     /// # Errors
     /// [`AskError`].
     pub(super) fn status<T: DeserializeOwned>(&self) -> Result<T, AskError> {
-        let reader = self.open("status")?.with_deadline(DOCUMENT_TIMEOUT);
+        self.status_within(DOCUMENT_TIMEOUT)
+    }
+
+    /// Reads the status document like [`status`](Self::status), within `time`.
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub(super) fn status_within<T: DeserializeOwned>(&self, time: Duration) -> Result<T, AskError> {
+        let reader = self.open("status")?.with_deadline(time.min(DOCUMENT_TIMEOUT));
         answer::read_document(reader).map_err(|error| self.ask_error(error))
     }
 
