@@ -325,7 +325,8 @@ fn stream_can_finish_with_its_last_writer_or_at_umount() {
 fn stalled_sink_blocks_only_its_writers() {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
-    mount(&lab, &["o=stream:8G,window=16M,to=cmd:sleep 1000", "base.img"]);
+    // The spill is for requests that overtake others: 64 MiB are in flight.
+    mount(&lab, &["o=stream:8G,window=16M,spill=64M,to=cmd:sleep 1000", "base.img"]);
     let pid = lab.pid();
     let mut fio = spawn(
         &lab,
