@@ -193,11 +193,7 @@ impl Storage for Memory {
         Ok(())
     }
 
-    fn allocate(&self, _: Range<u64>) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn extend(&self, range: Range<u64>) -> io::Result<()> {
+    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
         let mut bytes = self.0.lock();
         let end = usize::try_from(range.end).map_err(io::Error::other)?.max(bytes.len());
         bytes.resize(end, 0);

@@ -9,7 +9,7 @@ use super::Disk;
 use crate::config::{DirectIo, Resize};
 use crate::extents::{Extent, ExtentKind, Extents, describe};
 use crate::host::os_error;
-use crate::layer::Wait;
+use crate::layer::{Wait, WritableLayer};
 use crate::overlay::MAX_DISK_SIZE;
 
 /// The most extents a seek visits on a FUSE worker before it continues in the pool.
@@ -117,19 +117,30 @@ impl Disk {
         let _gate = self.gate.exclusive(wait)?;
         let layers = self.layers();
         let top = layers.writable()?;
+        self.grow_for(top, end, || top.write_at(buf, offset, &layers.below(), wait))?;
+        self.touch_times(&layers.top);
+        Ok(())
+    }
+
+    /// Grows the disk to `end`, if it is smaller, for `change`; after a failure the disk is as large
+    /// as before. The caller holds the gate exclusive, so that nobody else writes past the old end
+    /// meanwhile.
+    fn grow_for(
+        &self,
+        top: &dyn WritableLayer,
+        end: u64,
+        change: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
         let old = top.size();
         if end > old {
             self.check_growth(libc::ENOSPC)?;
             top.set_size(end)?;
         }
-        let written = top.write_at(buf, offset, &layers.below(), wait);
-        if written.is_err() && end > old {
-            // Nothing was written, so the disk must not have grown.
+        let changed = change();
+        if changed.is_err() && end > old {
             top.set_size(old)?;
         }
-        self.note_no_space(written)?;
-        self.touch_times(&layers.top);
-        Ok(())
+        self.note_no_space(changed)
     }
 
     /// Returns `refusal` when the disk's size is fixed.
@@ -179,25 +190,27 @@ impl Disk {
             return Err(os_error(libc::EFBIG));
         }
         self.check_direct_wait(wait)?;
-        if size_mode == SizeMode::Grow && range.end > self.size() {
-            let _gate = self.gate.exclusive(wait)?;
-            let layers = self.layers();
-            if range.end > layers.size() {
-                self.check_growth(libc::ENOSPC)?;
-                layers.writable()?.set_size(range.end)?;
-            }
-        }
-        let _gate = self.gate.shared(wait)?;
+        let grows = size_mode == SizeMode::Grow && range.end > self.size();
+        let _exclusive = grows.then(|| self.gate.exclusive(wait)).transpose()?;
+        let _shared = (!grows).then(|| self.gate.shared(wait)).transpose()?;
         let layers = self.layers();
         let top = layers.writable()?;
-        let range = range.start..range.end.min(top.size());
-        if !range.is_empty() {
+        let apply = || {
+            let range = range.start..range.end.min(top.size());
+            if range.is_empty() {
+                return Ok(());
+            }
             let below = layers.below();
-            self.note_no_space(match change {
+            match change {
                 FallocateMode::Allocate => top.allocate(range, wait),
                 FallocateMode::Zero => top.zero(range, &below, wait),
                 FallocateMode::Punch => top.punch_hole(range, &below, wait),
-            })?;
+            }
+        };
+        if grows {
+            self.grow_for(top, range.end, apply)?;
+        } else {
+            self.note_no_space(apply())?;
         }
         self.touch_times(&layers.top);
         Ok(())

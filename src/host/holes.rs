@@ -72,7 +72,8 @@ pub fn punch_hole(file: impl AsFd, range: Range<u64>) -> io::Result<()> {
     fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, range)
 }
 
-/// Reserves space for `range`. The file keeps its length.
+/// Reserves space for `range`, which lies inside the file: past its end, on ext4 only a truncation
+/// gives space back. The file keeps its length.
 ///
 /// # Errors
 /// `ENOSPC`; `EOPNOTSUPP` where the file system cannot reserve space; else the host's errno.

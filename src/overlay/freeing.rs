@@ -4,6 +4,9 @@
 //!   the record that frees   ->   vouched by a sync   ->   no reader left   ->   punched
 //!   queued in `pending`                                    `readers.drain`       and unqueued
 //! ```
+//!
+//! Space that was reserved and not written has no record. It goes back with the blocks that are
+//! freed, when the layer is sealed, and in a recovery.
 
 use std::io;
 use std::ops::Range;
@@ -11,6 +14,7 @@ use std::sync::atomic::Ordering;
 
 use super::Overlay;
 use super::range_locks::LockMode;
+use super::record_log::Log;
 use super::state::{BlockIndex, BlockState};
 use crate::layer::{Layer, Wait};
 
@@ -33,7 +37,14 @@ impl Overlay {
     pub(super) fn reclaim(&self) {
         let len = self.data.len().unwrap_or(0).max(self.size());
         let end = len.next_multiple_of(self.block_size);
-        self.pending.lock().add(0..end, self.durable.load(Ordering::Relaxed));
+        let sequence = self.log.as_ref().map_or(0, Log::last_sequence);
+        self.pending.lock().add(0..end, sequence);
+    }
+
+    /// Notes whether the host holds more than the Data of a layer that was just opened.
+    pub(super) fn find_reserved(&self) {
+        let held = self.data.allocated().unwrap_or(0);
+        self.has_reserved.store(held > self.usage().data, Ordering::Relaxed);
     }
 
     /// Returns the space freed by records up to `durable` to the host, except where it was reused.

@@ -129,6 +129,8 @@ pub struct Overlay {
     revision: AtomicU64,
     /// The largest number of Data blocks allowed.
     limit: Option<u64>,
+    /// Whether the host may hold space that was only reserved, for blocks that are not Data.
+    has_reserved: AtomicBool,
     /// Sealed layers below that must be durable before this layer vouches for anything.
     unclosed_layers: Mutex<Vec<Arc<Overlay>>>,
     /// The changes since a commit into the base began.
@@ -180,6 +182,7 @@ impl Overlay {
             latched: AtomicBool::new(false),
             revision: AtomicU64::new(0),
             limit: limit.map(|limit| limit / block_size),
+            has_reserved: AtomicBool::new(false),
             unclosed_layers: Mutex::default(),
             commit: CommitTracker::default(),
             is_closed: Mutex::new(false),

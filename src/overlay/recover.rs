@@ -229,8 +229,9 @@ impl Overlay {
         let (map, log, recovered) = open_log(files, tag)?;
         let data = Arc::clone(&files.data);
         let overlay = Self::new(files.block_size, data, map, Some(log), tag, limit);
-        if recovered != Recovered::Clean {
-            overlay.reclaim();
+        match recovered {
+            Recovered::Clean => overlay.find_reserved(),
+            _ => overlay.reclaim(),
         }
         Ok((overlay, recovered))
     }

@@ -32,16 +32,21 @@ pub trait Storage: Send + Sync {
     /// The host's errno.
     fn write_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()>;
 
-    /// Frees the space of `range`, which reads as zeros afterwards.
+    /// Frees the space of `range`, which reads as zeros afterwards. Space past the end of the file
+    /// may stay.
     ///
     /// # Errors
     /// The host's errno; `EOPNOTSUPP` where the file system cannot punch holes.
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()>;
 
-    /// Reserves space for `range` without changing its contents or the length of the file.
+    /// Reserves space for `range` without changing its contents, and makes the file at least that
+    /// long: [`punch_hole`](Self::punch_hole) does not reach space past the end of a file (ext4). So
+    /// a later write into `range` does not change the length, and its sync has to write nothing but
+    /// the data.
     ///
     /// # Errors
-    /// `ENOSPC`; `EOPNOTSUPP` where the file system cannot reserve space.
+    /// `ENOSPC`, when a part may have been reserved; `EOPNOTSUPP` where the file system cannot
+    /// reserve space.
     fn allocate(&self, range: Range<u64>) -> io::Result<()>;
 
     /// Returns the bytes that the file takes on the host, including space that is only reserved; 0
@@ -52,14 +57,6 @@ pub trait Storage: Send + Sync {
     fn allocated(&self) -> io::Result<u64> {
         Ok(0)
     }
-
-    /// Reserves space for `range`, which reads as zeros, and makes the file at least that long. A
-    /// later write into `range` does not change the length, so its sync has to write nothing but
-    /// the data.
-    ///
-    /// # Errors
-    /// The errors of [`allocate`](Self::allocate).
-    fn extend(&self, range: Range<u64>) -> io::Result<()>;
 
     /// Truncates the file to `len`, including the space reserved past it.
     ///
@@ -158,7 +155,7 @@ impl Storage for HostFile {
 
     fn allocate(&self, range: Range<u64>) -> io::Result<()> {
         self.for_each_segment(range, Create::IfMissing, |file, inside, _| match file {
-            Some(file) => host::allocate(&file.file, inside),
+            Some(file) => host::fallocate(&file.file, FallocateFlags::empty(), inside),
             None => Err(host::os_error(libc::EIO)),
         })
     }
@@ -168,13 +165,6 @@ impl Storage for HostFile {
         let files = std::iter::once(&self.first).chain(more.values().map(AsRef::as_ref));
         let blocks = files.map(|segment| Ok(segment.file.metadata()?.blocks()));
         Ok(blocks.sum::<io::Result<u64>>()? * 512)
-    }
-
-    fn extend(&self, range: Range<u64>) -> io::Result<()> {
-        self.for_each_segment(range, Create::IfMissing, |file, inside, _| match file {
-            Some(file) => host::fallocate(&file.file, FallocateFlags::empty(), inside),
-            None => Err(host::os_error(libc::EIO)),
-        })
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {

@@ -188,14 +188,17 @@ impl Overlay {
         }
     }
 
-    /// Closes a sealed layer: makes everything durable and closes the log in good order. Does
-    /// nothing when called again.
+    /// Closes a sealed layer: makes everything durable, gives reserved space back, which no write
+    /// will use any more, and closes the log in good order. Does nothing when called again.
     ///
     /// # Errors
     /// The errors of [`close`](Self::close).
     pub fn close_sealed(&self) -> io::Result<()> {
         let mut is_closed = self.is_closed.lock();
         if !*is_closed {
+            if self.has_reserved.swap(false, Ordering::Relaxed) {
+                self.reclaim();
+            }
             self.close()?;
             *is_closed = true;
         }

@@ -226,6 +226,7 @@ impl WritableLayer for Overlay {
             self.check_limit(&blocks)?;
             self.check_reservation(&blocks)?;
             self.pending.lock().remove(&bytes);
+            self.has_reserved.store(true, Ordering::Relaxed);
             self.data.allocate(bytes.clone()).inspect_err(|_| {
                 // The host may have reserved a part. Blocks that hold no data by then are freed
                 // once every record so far is vouched, because one of those records may have freed

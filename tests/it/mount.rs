@@ -1389,6 +1389,102 @@ fn failed_fallocate_reserves_nothing() {
     lab.umount();
 }
 
+/// A mount of a disk of 1 MiB whose overlay, `fs/ov`, is on an ext4 of 24 MiB; `keys` are more of its
+/// keys.
+fn small_ext4(keys: &str) -> Lab {
+    let lab = Lab::new();
+    lab.host("fs", "ext4", 24 * MIB);
+    lab.mount(&format!("d=blank:1M,overlay=fs/ov{keys}"));
+    lab
+}
+
+/// Returns the free bytes of the file system `fs`.
+fn free_space(lab: &Lab) -> u64 {
+    let found = rustix::fs::statvfs(lab.path("fs")).unwrap();
+    found.f_bavail * found.f_frsize
+}
+
+#[test]
+fn failed_fallocate_past_the_end_reserves_nothing_and_keeps_the_size() {
+    for key in ["", ",mode=rw"] {
+        let lab = Lab::new();
+        lab.host("fs", "ext4", 24 * MIB);
+        File::create(lab.path("fs/b")).unwrap().set_len(MIB).unwrap();
+        lab.mount(&match key {
+            "" => "d=fs/b,overlay=fs/ov".to_owned(),
+            key => format!("d=fs/b{key}"),
+        });
+        let before = free_space(&lab);
+        let file = lab.open("m/d");
+        let refused = |flags| errno_of(fallocate(&file, flags, 0..100 * MIB));
+        assert_eq!(refused(FallocateFlags::empty()), libc::ENOSPC, "{key}");
+        if !key.is_empty() {
+            // An overlay takes no space for zeros.
+            assert_eq!(refused(FallocateFlags::ZERO_RANGE), libc::ENOSPC, "{key}");
+        }
+        let left = free_space(&lab);
+        assert!(left + 2 * MIB > before, "{left} of {before} are left{key}");
+        // Past the time for which the kernel caches the size.
+        thread::sleep(Duration::from_millis(1500));
+        assert_eq!(file.metadata().unwrap().len(), MIB, "{key}");
+        let mut end = OpenOptions::new().append(true).open(lab.path("m/d")).unwrap();
+        end.write_all(b"x").unwrap();
+        assert_eq!(end.metadata().unwrap().len(), MIB + 1, "{key}");
+        drop((file, end));
+        lab.umount();
+    }
+}
+
+#[test]
+fn reserved_space_of_a_grown_disk_is_given_back() {
+    let lab = small_ext4("");
+    let before = free_space(&lab);
+    let is_back = |lab: &Lab| free_space(lab) + 2 * MIB > before;
+    let reserve = |lab: &Lab| {
+        let file = lab.open("m/d");
+        fallocate(&file, FallocateFlags::empty(), 0..16 * MIB).unwrap();
+        assert!(free_space(lab) + 14 * MIB < before);
+        file
+    };
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let file = reserve(&lab);
+    fallocate(&file, punch, 0..16 * MIB).unwrap();
+    file.sync_all().unwrap();
+    assert!(is_back(&lab), "{} of {before} after a punch", free_space(&lab));
+    let file = reserve(&lab);
+    file.set_len(0).unwrap();
+    file.sync_all().unwrap();
+    assert!(is_back(&lab), "{} of {before} after a truncation", free_space(&lab));
+    drop(reserve(&lab));
+    lab.ok("snapshot m/d a");
+    lab.open("m/d").sync_all().unwrap();
+    assert!(is_back(&lab), "{} of {before} after a snapshot", free_space(&lab));
+    drop((file, reserve(&lab)));
+    lab.kill();
+    lab.mount("d=blank:1M,overlay=fs/ov");
+    lab.open("m/d").sync_all().unwrap();
+    assert!(is_back(&lab), "{} of {before} after a kill", free_space(&lab));
+    // Kept by an end in good order.
+    drop(reserve(&lab));
+    lab.umount();
+    lab.mount("d=blank:1M,overlay=fs/ov");
+    assert!(!is_back(&lab), "{} of {before} after a new mount", free_space(&lab));
+    lab.ok("snapshot m/d b");
+    lab.open("m/d").sync_all().unwrap();
+    assert!(is_back(&lab), "{} of {before} after another snapshot", free_space(&lab));
+}
+
+#[test]
+fn space_reserved_under_a_limit_can_be_reserved_again_after_a_truncation() {
+    let lab = small_ext4(",limit=16M");
+    let file = lab.open("m/d");
+    for _ in 0..3 {
+        fallocate(&file, FallocateFlags::empty(), 0..14 * MIB).unwrap();
+        file.set_len(0).unwrap();
+    }
+    drop(file);
+}
+
 #[test]
 fn limit_includes_reserved_space() {
     let lab = Lab::new();

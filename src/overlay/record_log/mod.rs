@@ -127,7 +127,7 @@ impl LogTail {
             return Ok(());
         }
         let upto = end.next_multiple_of(PREALLOCATE_STEP);
-        match self.file.extend(self.end()..upto) {
+        match self.file.allocate(self.end()..upto) {
             Ok(()) => self.preallocated = upto,
             Err(error) if is_out_of_space(&error) => {
                 // Without a reserve to keep, the write itself shows whether there is still room.

@@ -313,8 +313,8 @@ impl FileState {
             durable[kept..].fill(0);
             sectors.insert(sector, Content { durable, ..Content::BLANK });
         }
-        // Only an explicit allocation keeps space past the length, and the data file never makes
-        // one.
+        // An allocation makes the file longer at the same moment, so that the data file never keeps
+        // space past its length.
         let mut allocated = self.allocated.clone();
         if role == Role::Data {
             allocated.retain(|sector| sector * SECTOR < len);
@@ -452,6 +452,9 @@ impl Storage for SimFile {
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
         self.host.step(self.role, Deed::Punch)?;
         let mut state = self.state.lock();
+        // Like ext4, which frees nothing past the end of a file.
+        let end = range.end.min(state.len.next_multiple_of(SECTOR));
+        let range = range.start.min(end)..end;
         let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
         let touched: Vec<u64> = state.sectors.range(sectors).map(|(sector, _)| *sector).collect();
         for sector in touched {
@@ -478,13 +481,9 @@ impl Storage for SimFile {
                 self.host.take()?;
                 state.allocated.insert(sector);
             }
+            // A full host keeps the sectors reserved so far, inside the length.
+            state.grow(range.end.min((sector + 1) * SECTOR));
         }
-        Ok(())
-    }
-
-    fn extend(&self, range: Range<u64>) -> io::Result<()> {
-        self.allocate(range.clone())?;
-        self.state.lock().grow(range.end);
         Ok(())
     }
 
