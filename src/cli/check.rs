@@ -149,7 +149,11 @@ fn facts(overlay: &OverlayReport) -> Vec<(&'static str, String)> {
         let (data, zero) = (format_size(top.data), format_size(top.zero));
         facts.push(("changed", format!("{data} of data, {zero} zeroed")));
         let (good, trusted) = (top.good_records, top.trusted_records);
-        facts.push(("log", format!("{good} records, {trusted} of them count")));
+        let unreadable = match top.unreadable_records {
+            0 => String::new(),
+            count => format!(", {count} unreadable at the end"),
+        };
+        facts.push(("log", format!("{good} records, {trusted} of them count{unreadable}")));
         let all = summaries.map(|summary| summary.recovered).reduce(Recovered::combine);
         facts.push(("state", recovery_text(all.unwrap_or(top.recovered))));
     }
@@ -181,13 +185,18 @@ fn base_text(base: &BaseReport) -> String {
 
 fn repair_text(repair: &Repair) -> String {
     match repair {
-        Repair::Recovered { layer, lost: 0 } => {
-            format!("recovered layer {}: nothing is lost", short_uuid(*layer))
+        Repair::Recovered { layer, recovered } => {
+            let layer = short_uuid(*layer);
+            match recovered {
+                Recovered::Vouched { lost } if *lost > 0 => format!(
+                    "recovered layer {layer}: as after a power cut, {lost} changes since the last sync are lost"
+                ),
+                Recovered::Damaged => {
+                    format!("recovered layer {layer}: what the last record of its log said is lost")
+                }
+                _ => format!("recovered layer {layer}: nothing is lost"),
+            }
         }
-        Repair::Recovered { layer, lost } => format!(
-            "recovered layer {}: as after a power cut, {lost} changes since the last sync are lost",
-            short_uuid(*layer)
-        ),
         Repair::RemovedLayer(layer) => {
             let size = format_size(layer.bytes);
             format!("removed layer {}, which nothing needs: {size}", layer.uuid)
@@ -236,6 +245,7 @@ fn layer_state(summary: &LayerSummary) -> String {
     match summary.recovered {
         Recovered::New | Recovered::Clean => "clean".to_owned(),
         Recovered::Vouched { lost } if lost > 0 => format!("needs recovery, {lost} changes lost"),
+        Recovered::Damaged => "needs recovery, its last record is damaged".to_owned(),
         Recovered::All | Recovered::Vouched { .. } => "needs recovery".to_owned(),
     }
 }
@@ -245,6 +255,9 @@ fn recovery_text(recovered: Recovered) -> String {
     match recovered {
         Recovered::New | Recovered::Clean => "clean".to_owned(),
         Recovered::All => "needs recovery: nothing is lost (the next mount does it)".to_owned(),
+        Recovered::Damaged => {
+            "needs recovery: all but the damaged last record of a log is there".to_owned()
+        }
         Recovered::Vouched { lost: 0 } => {
             "as after a power cut: all that was synced is there".to_owned()
         }

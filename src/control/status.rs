@@ -137,6 +137,7 @@ fn block_overlay_status(disk: &Disk) -> Option<OverlayStatus> {
         recovered: match disk.recovered() {
             Recovered::New | Recovered::Clean => None,
             Recovered::All => Some(Recovery::All),
+            Recovered::Damaged => Some(Recovery::Damaged),
             Recovered::Vouched { .. } => Some(Recovery::Vouched),
         },
         blocks: Some(BlockOverlayStatus {

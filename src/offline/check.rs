@@ -107,8 +107,8 @@ pub(crate) enum Repair {
     Recovered {
         /// Uuid of the layer.
         layer: Uuid,
-        /// Number of changes since the last sync that a power cut took.
-        lost: u64,
+        /// The state in which it was found.
+        recovered: Recovered,
     },
     /// The removal of a layer that nothing needed.
     RemovedLayer(UnusedLayer),
@@ -140,6 +140,7 @@ pub(crate) fn check(target: &OverlayTarget, mode: CheckMode) -> Result<CheckRepo
     let backing_files = check_backing_files(&overlay, &mut damage)?;
     let mut layers = check_layers(target, &overlay)?;
     let mut layer_damage = describe_damage(target, &overlay, &layers);
+    damage.extend(layers.iter().filter_map(describe_dropped));
     if mode == CheckMode::Repair {
         if layer_damage.is_empty() {
             repairs = repair(target, &overlay, &layers)?;
@@ -186,8 +187,7 @@ fn repair(
     for LayerCheck { record, summary } in layers {
         if summary.as_ref().is_ok_and(|summary| summary.recovered != Recovered::Clean) {
             let recovered = overlay.recover(record).map_err(OfflineError::overlay(&target.dir))?;
-            let lost = if let Recovered::Vouched { lost } = recovered { lost } else { 0 };
-            repairs.push(Repair::Recovered { layer: record.uuid, lost });
+            repairs.push(Repair::Recovered { layer: record.uuid, recovered });
         }
     }
     if target.layers.is_none() {
@@ -305,6 +305,16 @@ fn check_layers(
         summary => Ok(LayerCheck { summary, ..layer }),
     };
     overlay.check_layers().into_iter().map(check).collect()
+}
+
+/// Tells of a layer whose last record is damaged. Neither a mount nor a repair refuses that: a record
+/// that was not written whole would look the same.
+fn describe_dropped(layer: &LayerCheck) -> Option<String> {
+    let summary = layer.summary.as_ref().ok()?;
+    let layer = short_uuid(layer.record.uuid);
+    (summary.recovered == Recovered::Damaged).then(|| {
+        format!("layer {layer}: the last record of its log is damaged, what it said is lost")
+    })
 }
 
 /// Describes the damage of each layer, and contradictions between layers.
@@ -477,7 +487,7 @@ mod tests {
         make(&dir, BaseRecord::Blank { size: 1 << 20 });
         let targets = overlay_targets(&dir).unwrap();
         let repairs = || check(&targets[0], CheckMode::Repair).unwrap().repairs;
-        assert!(matches!(repairs()[..], [Repair::Recovered { lost: 0, .. }]));
+        assert!(matches!(repairs()[..], [Repair::Recovered { recovered: Recovered::All, .. }]));
         assert_eq!(repairs(), [Repair::Nothing]);
         let layers = checked(&dir).overlay.unwrap().layers;
         assert_eq!(layers[0].check.summary.as_ref().unwrap().recovered, Recovered::Clean);

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!   closed in good order          every record counts, whatever happened since
-//!   same tag, not closed          the daemon died: every record counts, after a sync of both files
+//!   same tag, not closed          the daemon died: every record counts, after a sync of both files;
+//!                                 more than one unreadable at the end is damage
 //!   another tag                   maybe a power cut: records covered by the last Vouch count
 //!   Poisoned                      records covered by its `durable` count, read from the device
 //! ```
@@ -33,6 +34,8 @@ pub enum Recovered {
     Clean,
     /// The daemon had died; no acknowledged change is lost.
     All,
+    /// The daemon had died, and the last record of the log is damaged: what it said is lost.
+    Damaged,
     /// Treated as after a power cut: in the state of the last sync.
     Vouched {
         /// The number of changes of the map and the size known to have come after that sync.
@@ -49,6 +52,7 @@ impl Recovered {
                 Self::Vouched { lost: lost + more }
             }
             (found @ Self::Vouched { .. }, _) | (_, found @ Self::Vouched { .. }) => found,
+            (Self::Damaged, _) | (_, Self::Damaged) => Self::Damaged,
             (Self::All, _) | (_, Self::All) => Self::All,
             (Self::New, other) => other,
             (found, _) => found,
@@ -107,6 +111,10 @@ pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError>
         LogEnd::Gap if is_synced => {
             return damaged(&scan, "it is missing, and later records are there");
         }
+        // A daemon dies between two records, or at worst inside one.
+        LogEnd::Torn if is_synced && scan.unreadable > 1 => {
+            return damaged(&scan, "neither it nor what follows can be read");
+        }
         LogEnd::Gap | LogEnd::Torn | LogEnd::Whole => {}
     }
     let Some(vouched) = scan.vouched else {
@@ -132,6 +140,7 @@ pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError>
         }
         Some(durable) => less(durable, generation.unwrap_or(durable)),
         None if scan.closed => all(Recovered::Clean),
+        None if is_synced && scan.end == LogEnd::Torn => all(Recovered::Damaged),
         None if is_synced => all(Recovered::All),
         None => less(vouched, vouched),
     }
@@ -293,7 +302,9 @@ mod tests {
             poisoned: None,
             generation: None,
             closed: false,
+            is_settled: false,
             end: LogEnd::Whole,
+            unreadable: 0,
         };
         let journal = JournalContents {
             blocks: BTreeMap::from([(last, vec![1])]),

@@ -160,6 +160,14 @@ impl LayerTree {
         chain
     }
 
+    /// Returns the layers that are based on `uuid`, directly or not.
+    pub fn layers_above(&self, uuid: Uuid) -> impl Iterator<Item = &LayerRecord> {
+        let is_based = move |layer: &&LayerRecord| {
+            self.chain(layer.uuid).iter().skip(1).any(|below| below.uuid == uuid)
+        };
+        self.layers.iter().filter(is_based)
+    }
+
     /// Returns the top and all below it, top to bottom.
     #[must_use]
     pub fn top_chain(&self) -> Vec<LayerRecord> {

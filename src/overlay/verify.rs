@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::data_check::{misplaced, segment_ends};
 use super::error::OverlayError;
 use super::host_file::SEGMENT_LEN;
-use super::persist::{LockedOverlay, open_layer_files, open_sealed, remove_layer};
+use super::persist::{LockedOverlay, end_missing, open_layer_files, open_sealed, remove_layer};
 use super::record::BootTag;
 use super::recover::{self, LayerFiles, Recovered};
 use super::stack::LayerRecord;
@@ -44,10 +44,14 @@ pub struct LayerSummary {
     pub good_records: u64,
     /// The number of those records that count, from the first on.
     pub trusted_records: u64,
+    /// The number of records at the end of the log that cannot be read.
+    pub unreadable_records: u64,
     /// The state in which the next mount would find the layer.
     pub recovered: Recovered,
     /// Problems with Data blocks that the data file does not hold; one line each.
     pub misplaced: Vec<String>,
+    /// Whether the log shows that all layers below were closed in good order.
+    is_settled: bool,
     /// Whether the log is not the layer's first one, so that the layer may have been recovered to
     /// an older state.
     is_rewritten: bool,
@@ -73,9 +77,25 @@ impl LockedOverlay {
     #[must_use]
     pub fn check_layers(&self) -> Vec<LayerCheck> {
         let layers = self.stack.layers.iter();
-        layers
+        let mut checks: Vec<_> = layers
             .map(|record| LayerCheck { record: record.clone(), summary: self.check_layer(record) })
-            .collect()
+            .collect();
+        let settled = checks
+            .iter()
+            .filter(|check| check.summary.as_ref().is_ok_and(|summary| summary.is_settled));
+        let tree = self.stack.tree();
+        let below = |check: &LayerCheck| tree.chain(check.record.uuid).into_iter().skip(1);
+        let closed: HashSet<Uuid> = settled.flat_map(below).map(|layer| layer.uuid).collect();
+        for LayerCheck { record, summary } in &mut checks {
+            if let Ok(found) = summary
+                && found.recovered != Recovered::Clean
+                && closed.contains(&record.uuid)
+            {
+                let error = end_missing(found.good_records);
+                *summary = Err(OverlayError::Log { uuid: record.uuid, error });
+            }
+        }
+        checks
     }
 
     fn check_layer(&self, record: &LayerRecord) -> Result<LayerSummary, OverlayError> {
@@ -157,7 +177,8 @@ impl LockedOverlay {
     /// [`OverlayError`]; the layer is unchanged in that case.
     pub fn recover(&self, record: &LayerRecord) -> Result<Recovered, OverlayError> {
         if self.stack.layers.last() != Some(record) {
-            return open_sealed(&self.layers_dir, record).map(|(_, recovered)| recovered);
+            let opened = open_sealed(&self.layers_dir, &self.stack.tree(), record);
+            return opened.map(|(_, recovered)| recovered);
         }
         let tag = boot_tag::current(&self.dir).map_err(OverlayError::io("reading the boot id"))?;
         let in_log = |error| OverlayError::Log { uuid: record.uuid, error };
@@ -211,8 +232,10 @@ fn summarize(files: &LayerFiles, tag: BootTag) -> Result<LayerSummary, OverlayEr
         zero: map.blocks.zero_blocks().saturating_mul(block_size),
         good_records: trusted.scan.good,
         trusted_records: trusted.records,
+        unreadable_records: trusted.scan.unreadable,
         recovered: trusted.recovered,
         misplaced: misplaced(&map, block_size, &ends),
+        is_settled: trusted.scan.is_settled,
         is_rewritten: trusted.scan.first > 1,
     })
 }
@@ -244,8 +267,10 @@ mod tests {
             zero: 0,
             good_records: 5,
             trusted_records: 5,
+            unreadable_records: 0,
             recovered: Recovered::Clean,
             misplaced: Vec::new(),
+            is_settled: false,
             is_rewritten: false,
         };
         LayerCheck { record: LayerRecord { uuid, block: 512, parent }, summary: Ok(found) }

@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 
 use crate::common::mount::*;
+use crate::common::written;
 
 const SIZE: u64 = 8 * MIB;
 
@@ -98,6 +99,65 @@ fn check_names_a_damaged_sealed_layer() {
     assert!(said.contains(&format!("layer {} (snapshot 'two'): opening", short(&layers[1]))));
     fs::rename(lab.path("aside"), &layers[1]).unwrap();
     lab.ok("check ov");
+}
+
+#[test]
+fn sealed_layer_without_its_end_is_damage_once_a_layer_above_was_synced() {
+    let lab = lab();
+    lab.umount();
+    let layers = layers(&lab);
+    let log = layers[0].join("log");
+    let good = fs::read(&log).unwrap();
+    // Only the `Close`; and so much that data is gone with it.
+    for cut in [32, 96] {
+        fs::write(&log, &good[..good.len() - cut]).unwrap();
+        let said = damaged(&lab, "check ov --repair");
+        let named = format!("damage   layer {} (snapshot 'one'): the log", short(&layers[0]));
+        assert!(said.contains(&named) && said.contains("was closed before"), "{said}");
+        let said = lab.refused(1, "mount m d=base.img,overlay=ov");
+        assert!(said.contains("was closed before"), "{said}");
+    }
+    fs::write(&log, good).unwrap();
+    assert!(lab.ok("check ov").contains("\nstate    clean\n"));
+}
+
+#[test]
+fn unreadable_end_of_the_log_of_a_killed_daemon_is_told_or_refused() {
+    let mut lab = Lab::new();
+    lab.base("base.img", SIZE);
+    lab.mount("d=base.img,overlay=ov");
+    let file = lab.open("m/d");
+    for at in 0..5 {
+        file.write_all_at(&noise(4096, at), at * 8192).unwrap();
+        file.sync_all().unwrap();
+    }
+    lab.kill();
+    drop(file);
+    lab.ok("umount m");
+    let log = layers(&lab)[0].join("log");
+    let good = fs::read(&log).unwrap();
+    let last = written(&good) - 32;
+    let flipped = |places: &[usize]| {
+        let mut bad = good.clone();
+        places.iter().for_each(|at| bad[*at] ^= 1);
+        fs::write(&log, bad).unwrap();
+    };
+    flipped(&[last - 32 + 9, last + 9]);
+    let said = damaged(&lab, "check ov");
+    assert!(said.contains("neither it nor what follows can be read"), "{said}");
+    lab.refused(1, "mount m d=base.img,overlay=ov");
+    assert!(damaged(&lab, "check ov --repair").contains("nothing was touched"));
+    flipped(&[last + 9]);
+    let said = damaged(&lab, "check ov");
+    assert!(said.contains("of them count, 1 unreadable at the end"), "{said}");
+    assert!(said.contains("the last record of its log is damaged, what it said is lost"), "{said}");
+    assert!(!said.contains("nothing is lost"), "{said}");
+    let said = lab.mount("d=base.img,overlay=ov");
+    assert!(said.contains("the last record of a log is damaged"), "{said}");
+    assert!(lab.ok("status m --json").contains(r#""recovered":"damaged""#));
+    for at in 0..5 {
+        assert!(read(&lab.open_ro("m/d"), at * 8192, 4096) == noise(4096, at));
+    }
 }
 
 #[test]

@@ -119,6 +119,8 @@ words! {
         All = "all",
         /// All that had been synced was right.
         Vouched = "vouched",
+        /// All but the last record of a log, which was damaged.
+        Damaged = "damaged",
     }
 }
 

@@ -160,6 +160,12 @@ impl Disk {
             return Err(OperationError::NoOverlay("layers"));
         };
         let parent = record.parent;
+        if let Some(parent) = parent {
+            // The new layer is synced, and those below a synced one have to be closed.
+            let below = self.open_chain(tree, parent)?;
+            let closed = below.iter().rev().try_for_each(|layer| layer.close_sealed());
+            closed.map_err(OperationError::io("closing the layers below merged ones"))?;
+        }
         let map = LayerMap::new(bottom.size(), bottom.lower_limit());
         let new = self.make_layer(tree, parent, &map, None)?;
         let merged = new.overlay.merge_from(both, &|| operation.must_stop());
@@ -306,6 +312,40 @@ mod tests {
         assert_eq!(found, [0; 4]);
         disk.read(&mut found, 4096, Wait::Yes).unwrap();
         assert_eq!(&found, b"kept");
+    }
+
+    /// Opens a copy of the overlay `ov` in `room`: what the next mount would find if this process died
+    /// now.
+    fn killed(room: &Path, copy: &str) -> Disk {
+        let copied = std::process::Command::new("cp")
+            .arg("-r")
+            .args([room.join("ov"), room.join(copy)])
+            .status()
+            .unwrap();
+        assert!(copied.success());
+        disk(&room.join(copy))
+    }
+
+    #[test]
+    fn a_disk_killed_right_after_layers_were_merged_can_be_opened() {
+        let room = tempfile::tempdir().unwrap();
+        let disk = disk(&room.path().join("ov"));
+        for (name, at) in [("a", 4096), ("b", 8192), ("c", 12288), ("d", 16384)] {
+            disk.write(name.as_bytes(), at, Wait::Yes).unwrap();
+            disk.snapshot(Some(name)).unwrap();
+        }
+        // Nothing was synced so far: no layer is closed. First two sealed layers are merged, then
+        // one and the top.
+        for (name, copy) in [("b", "one"), ("d", "two")] {
+            disk.delete_snapshot(name).unwrap();
+            disk.merge_layers().unwrap();
+            let found = killed(room.path(), copy);
+            for (name, at) in [(b'a', 4096), (b'b', 8192), (b'c', 12288), (b'd', 16384)] {
+                let mut byte = [0];
+                found.read(&mut byte, at, Wait::Yes).unwrap();
+                assert_eq!(byte, [name], "{copy}");
+            }
+        }
     }
 
     #[test]

@@ -125,6 +125,10 @@ fn recovery_note(recovered: Recovered) -> Option<String> {
     match recovered {
         Recovered::New | Recovered::Clean => None,
         Recovered::All => Some("recovered: the daemon had died, nothing is lost".to_owned()),
+        Recovered::Damaged => Some(
+            "recovered: the daemon had died, and the last record of a log is damaged: what it said is lost"
+                .to_owned(),
+        ),
         Recovered::Vouched { lost: 0 } => {
             Some("recovered as after a power cut: all that was synced is there".to_owned())
         }

@@ -16,13 +16,14 @@ use rustix::fs::{AtFlags, FlockOperation};
 use uuid::Uuid;
 
 use crate::confined::{self, FileAccess, entry_names, foreign_entry_error};
-use crate::overlay::error::OverlayError;
+use crate::overlay::error::{LogError, OverlayError};
 use crate::overlay::host_file::{Create, HostFile, LAST_SEGMENT, SEGMENT_LEN};
 use crate::overlay::record::{BootTag, LayerMap};
-use crate::overlay::record_log::{Log, LogDir, ReplacedLog};
+use crate::overlay::record_log::{self, Log, LogDir, ReplacedLog};
 use crate::overlay::recover::{self, LayerFiles, Recovered};
 use crate::overlay::stack::LayerRecord;
 use crate::overlay::storage::Storage;
+use crate::overlay::tree::LayerTree;
 use crate::overlay::{Overlay, boot_tag};
 use crate::process::explain_size_error;
 
@@ -201,10 +202,12 @@ pub(super) fn make_layer(
     Ok((overlay, lock))
 }
 
-/// Opens a sealed layer. A layer that was not closed is first recovered, made durable and closed,
-/// by one process at a time.
+/// Opens a sealed layer of a disk whose layers are `tree`. A layer that was not closed is first
+/// recovered, made durable and closed, by one process at a time. Layers below it must be opened
+/// before.
 pub(in crate::overlay) fn open_sealed(
     layers_dir: &File,
+    tree: &LayerTree,
     record: &LayerRecord,
 ) -> Result<(Arc<Overlay>, Recovered), OverlayError> {
     let in_log = |error| OverlayError::Log { uuid: record.uuid, error };
@@ -217,11 +220,31 @@ pub(in crate::overlay) fn open_sealed(
         let layer = Overlay::closed(record.block, Arc::clone(&files.data), map, tag);
         return Ok((Arc::new(layer), Recovered::Clean));
     }
+    if is_settled_above(layers_dir, tree, record.uuid) {
+        return Err(in_log(end_missing(trusted.scan.good)));
+    }
     rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
         .map_err(|error| OverlayError::io("locking a layer to recover it")(error.into()))?;
     let (layer, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
     layer.close_sealed().map_err(OverlayError::io("closing the log of a recovered layer"))?;
     Ok((Arc::new(layer), recovered))
+}
+
+/// Returns whether the log of a layer above `uuid` shows that `uuid` was closed in good order.
+fn is_settled_above(layers_dir: &File, tree: &LayerTree, uuid: Uuid) -> bool {
+    tree.layers_above(uuid).any(|above| {
+        // What is wrong with the layer above is told when that is opened.
+        let opened = open_layer_files(layers_dir, above, |_| Ok(()));
+        let scan = opened.map(|layer| record_log::scan(&*layer.files.log, &above.uuid));
+        matches!(scan, Ok(Ok(scan)) if scan.is_settled)
+    })
+}
+
+/// The error of a layer that has `records` good records and no `Close`, although a layer above it
+/// was synced.
+pub(in crate::overlay) fn end_missing(records: u64) -> LogError {
+    let why = "it is missing: the layer was closed before those above it were synced";
+    LogError::Damaged { record: records, why }
 }
 
 /// Removes the directory of the layer `uuid`, its `data` last because that file carries the lock. A

@@ -19,7 +19,7 @@ pub(super) mod staging;
 pub use self::build::{MakeData, NewLayer, NewOverlay, build, create};
 pub(crate) use self::layer_dir::remove_layer;
 pub(super) use self::layer_dir::{
-    data_file_in, empty_data, link_segment, open_layer_files, open_sealed,
+    data_file_in, empty_data, end_missing, link_segment, open_layer_files, open_sealed,
 };
 pub(super) use self::open::take_lock;
 pub use self::open::{LockedOverlay, lock_overlay};

@@ -1,5 +1,6 @@
 //! Existing overlays: locking them first, reading them afterwards.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -144,9 +145,10 @@ impl LockedOverlay {
         let mut recovered = Recovered::Clean;
         let mut below = Vec::new();
         // The lowest layer first: a layer must be recovered before the layers above it are read.
-        for record in self.stack.tree().top_chain().iter().skip(1).rev() {
+        let tree = self.stack.tree();
+        for record in tree.top_chain().iter().skip(1).rev() {
             below.push(cache.get_or_open(record.uuid, || {
-                let (layer, found) = open_sealed(&self.layers_dir, record)?;
+                let (layer, found) = open_sealed(&self.layers_dir, &tree, record)?;
                 recovered = recovered.combine(found);
                 Ok::<_, OverlayError>(layer)
             })?);
@@ -168,19 +170,26 @@ impl LockedOverlay {
         let chain: Vec<Uuid> = tree.top_chain().iter().map(|layer| layer.uuid).collect();
         // The tree lists each layer after its parent.
         let side_layers = tree.layers.iter().filter(|layer| !chain.contains(&layer.uuid));
-        let open = |record: &LayerRecord| {
+        let mut unopened = HashSet::new();
+        let mut open = |record: &LayerRecord| {
+            if record.parent.is_some_and(|parent| unopened.contains(&parent)) {
+                // Opening it would close it, before the one below it.
+                unopened.insert(record.uuid);
+                return None;
+            }
             let opened = cache.get_or_open(record.uuid, || {
-                open_sealed(&self.layers_dir, record).map(|(layer, _)| layer)
+                open_sealed(&self.layers_dir, &tree, record).map(|(layer, _)| layer)
             });
             match opened {
                 Ok(layer) => Some((record.uuid, layer)),
                 Err(error) => {
                     log::warn!("layer {}, of a snapshot, cannot be opened: {error}", record.uuid);
+                    unopened.insert(record.uuid);
                     None
                 }
             }
         };
-        side_layers.filter_map(open).collect()
+        side_layers.filter_map(&mut open).collect()
     }
 
     /// Removes the layers that the stack does not name, left behind by an interrupted operation.

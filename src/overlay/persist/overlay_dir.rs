@@ -133,7 +133,9 @@ impl OverlayDir {
         let record = record.ok_or_else(|| {
             OverlayError::io("opening its layer")(io::Error::from_raw_os_error(libc::ENOENT))
         })?;
-        cache.get_or_open(uuid, || open_sealed(&self.layers_dir, record).map(|(layer, _)| layer))
+        cache.get_or_open(uuid, || {
+            open_sealed(&self.layers_dir, &self.stack.tree(), record).map(|(layer, _)| layer)
+        })
     }
 
     /// Removes the files of a layer that no stack names any more. Best effort: remaining files are

@@ -32,8 +32,13 @@ pub struct LogScan {
     pub generation: Option<u64>,
     /// Whether the last good record is a `Close` that nothing follows.
     pub closed: bool,
+    /// Whether all layers below were closed in good order before the last of these records was
+    /// appended: there is a `Close`, or a `Vouch` of a sync after the one that the log was born with.
+    pub is_settled: bool,
     /// What follows the good records.
     pub end: LogEnd,
+    /// The number of unreadable records there; a blank one before others counts.
+    pub unreadable: u64,
 }
 
 /// The part of a log after its good records.
@@ -74,7 +79,11 @@ impl LogScan {
                 self.closed = record == LogRecord::Close;
                 match record {
                     LogRecord::Open { tag } => self.tag = Some(tag),
-                    LogRecord::Vouch { upto, .. } => self.vouched = Some(upto),
+                    LogRecord::Close => self.is_settled = true,
+                    LogRecord::Vouch { upto, .. } => {
+                        self.is_settled |= self.vouched.is_some();
+                        self.vouched = Some(upto);
+                    }
                     LogRecord::Poisoned { durable, vouched } => {
                         self.poisoned = Some(durable);
                         self.generation = Some(vouched);
@@ -103,9 +112,12 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<LogScan> {
         poisoned: None,
         generation: None,
         closed: false,
+        is_settled: false,
         end: LogEnd::Whole,
+        unreadable: 0,
     };
-    let mut later = TrailingRecords { is_blank: true, records: 0, highest: 0, durable: 0 };
+    let mut later =
+        TrailingRecords { is_blank: true, unreadable: 0, records: 0, highest: 0, durable: 0 };
     let len = file.len()?;
     for_each_record(file, 0, len / RECORD_BYTES, &mut |bytes| {
         let decoded = LogRecord::decode(bytes, uuid);
@@ -116,8 +128,12 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<LogScan> {
         }
         Ok(())
     })?;
-    if scan.end == LogEnd::Whole && !len.is_multiple_of(RECORD_BYTES) {
+    if scan.end != LogEnd::Whole && !(scan.end == LogEnd::Gap && later.is_blank) {
+        scan.unreadable = later.unreadable + 1;
+    }
+    if matches!(scan.end, LogEnd::Whole | LogEnd::Torn) && !len.is_multiple_of(RECORD_BYTES) {
         scan.end = LogEnd::Torn;
+        scan.unreadable += 1;
     }
     scan.highest = scan.last_sequence().max(later.highest);
     scan.end = match scan.end {
@@ -136,6 +152,8 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<LogScan> {
 struct TrailingRecords {
     /// Whether all records there were blank.
     is_blank: bool,
+    /// The number of those that are neither good nor blank.
+    unreadable: u64,
     records: u64,
     highest: u64,
     /// The highest sequence that one of these records says is durable.
@@ -145,12 +163,18 @@ struct TrailingRecords {
 impl TrailingRecords {
     fn add(&mut self, decoded: DecodedRecord) {
         self.is_blank &= decoded == DecodedRecord::Blank;
-        if let DecodedRecord::Good(sequence, record) = decoded {
-            self.records += 1;
-            self.highest = self.highest.max(sequence);
-            if let LogRecord::Vouch { durable, .. } | LogRecord::Poisoned { durable, .. } = record {
-                self.durable = self.durable.max(durable);
+        match decoded {
+            DecodedRecord::Good(sequence, record) => {
+                self.records += 1;
+                self.highest = self.highest.max(sequence);
+                if let LogRecord::Vouch { durable, .. } | LogRecord::Poisoned { durable, .. } =
+                    record
+                {
+                    self.durable = self.durable.max(durable);
+                }
             }
+            DecodedRecord::Blank => {}
+            DecodedRecord::Bad | DecodedRecord::Unknown(_) => self.unreadable += 1,
         }
     }
 }
@@ -238,6 +262,47 @@ mod tests {
         file.set_len(15 << 40).unwrap();
         let found = scan(&HostFile::single(file), &uuid).unwrap();
         assert_eq!((found.good, found.highest, found.end), (1, 9, LogEnd::Gap));
+    }
+
+    fn scanned(records: &[LogRecord], end: &[u8]) -> LogScan {
+        let uuid = Uuid::from_u128(3);
+        let file = tempfile::tempfile().unwrap();
+        let mut bytes: Vec<u8> =
+            (1..).zip(records).flat_map(|(at, record)| record.encode(&uuid, at)).collect();
+        bytes.extend(end);
+        file.write_all_at(&bytes, 0).unwrap();
+        scan(&HostFile::single(file), &uuid).unwrap()
+    }
+
+    #[test]
+    fn unreadable_records_at_the_end_are_counted() {
+        let record = [LogRecord::Intent];
+        let blank = [0; RECORD_LEN];
+        let bad = [9; RECORD_LEN];
+        for (end, unreadable, kind) in [
+            (Vec::new(), 0, LogEnd::Whole),
+            ([blank, blank].concat(), 0, LogEnd::Whole),
+            (bad.to_vec(), 1, LogEnd::Torn),
+            (bad[..7].to_vec(), 1, LogEnd::Torn),
+            ([bad, blank].concat(), 1, LogEnd::Torn),
+            ([&bad, &bad[..7]].concat(), 2, LogEnd::Torn),
+            ([bad, blank, bad].concat(), 2, LogEnd::Torn),
+            ([blank, bad].concat(), 2, LogEnd::Torn),
+        ] {
+            let found = scanned(&record, &end);
+            assert_eq!((found.good, found.unreadable, found.end), (1, unreadable, kind), "{end:?}");
+        }
+    }
+
+    #[test]
+    fn a_log_is_settled_by_a_second_vouch_or_a_close() {
+        let vouch = |upto| LogRecord::Vouch { upto, durable: 1 };
+        let new = [LogRecord::Open { tag: BootTag([1; 2]) }, vouch(1)];
+        let with = |more: &[LogRecord]| scanned(&[&new, more].concat(), &[]).is_settled;
+        assert!(!with(&[]));
+        assert!(!with(&[LogRecord::Intent, LogRecord::Done]));
+        assert!(with(&[LogRecord::Intent, vouch(3)]));
+        assert!(with(&[LogRecord::Close, LogRecord::Open { tag: BootTag([1; 2]) }]));
     }
 
     struct Gone;
