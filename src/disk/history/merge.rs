@@ -349,6 +349,35 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_can_be_synced_after_a_failed_snapshot_and_a_merge() {
+        let room = tempfile::tempdir().unwrap();
+        let dir = room.path().join("ov");
+        let disk = Arc::new(disk(&dir));
+        for (name, at) in [("a", 4096), ("b", 8192), ("c", 12288)] {
+            disk.write(name.as_bytes(), at, Wait::Yes).unwrap();
+            disk.snapshot(Some(name)).unwrap();
+        }
+        // In the way of the new `stack`.
+        std::fs::create_dir(dir.join("stack.new")).unwrap();
+        disk.snapshot(Some("d")).unwrap_err();
+        std::fs::remove_dir(dir.join("stack.new")).unwrap();
+        disk.delete_snapshot("a").unwrap();
+        disk.merge_layers().unwrap();
+        disk.write(b"e", 16384, Wait::Yes).unwrap();
+        let (done, synced) = std::sync::mpsc::channel();
+        let syncing = Arc::clone(&disk);
+        std::thread::spawn(move || done.send(syncing.sync()));
+        synced.recv_timeout(Duration::from_secs(60)).unwrap().unwrap();
+        disk.write(b"f", 20480, Wait::Yes).unwrap();
+        let found = killed(room.path(), "copy");
+        for (byte, at) in [(b'a', 4096), (b'c', 12288), (b'e', 16384), (b'f', 20480)] {
+            let mut read = [0];
+            found.read(&mut read, at, Wait::Yes).unwrap();
+            assert_eq!(read, [byte]);
+        }
+    }
+
+    #[test]
     fn an_open_snapshot_counts_as_a_handle_until_it_is_closed() {
         let room = tempfile::tempdir().unwrap();
         let disk = disk(&room.path().join("ov"));

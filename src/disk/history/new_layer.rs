@@ -192,6 +192,8 @@ impl Disk {
                 Ok(())
             }
             Err(error) => {
+                // It takes writes again: its next sync must not close it.
+                self.history.sealed.lock().remove(&old);
                 self.remove_layer(uuid);
                 Err(error)
             }
