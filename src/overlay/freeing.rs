@@ -28,6 +28,7 @@ impl Overlay {
     /// Queues the space of `blocks` to be freed once record `sequence` is vouched.
     pub(super) fn defer_free(&self, blocks: &Range<BlockIndex>, sequence: u64) {
         if sequence > 0 || self.log.is_none() {
+            self.uncount_reserved(blocks);
             self.pending.lock().add(self.bytes_of(blocks), sequence);
         }
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use super::Overlay;
 use super::state::{BlockIndex, BlockState};
@@ -13,7 +14,8 @@ impl Overlay {
         self.limit = limit.map(|limit| limit / self.block_size);
     }
 
-    /// Refuses to make all of `blocks` Data when that would exceed the limit.
+    /// Refuses to make all of `blocks` Data when that would exceed the limit, what is reserved
+    /// elsewhere included.
     ///
     /// # Errors
     /// `ENOSPC`.
@@ -25,10 +27,40 @@ impl Overlay {
         let map = self.map.read();
         let new =
             blocks.end.0 - blocks.start.0 - map.blocks.count(blocks.clone(), BlockState::Data);
-        if new > 0 && map.blocks.data_blocks() + new > limit {
+        if new > 0 && map.blocks.data_blocks() + new + self.reserved_outside(blocks) > limit {
             return Err(os_error(libc::ENOSPC));
         }
         Ok(())
+    }
+
+    /// Returns the number of blocks outside `blocks` that are known to be reserved.
+    fn reserved_outside(&self, blocks: &Range<BlockIndex>) -> u64 {
+        if !self.has_reserved.load(Ordering::Relaxed) {
+            return 0;
+        }
+        let reserved = self.reserved.lock();
+        reserved.data_blocks() - reserved.count(blocks.clone(), BlockState::Data)
+    }
+
+    /// Counts those of `blocks` that are not Data as reserved.
+    pub(super) fn count_reserved(&self, blocks: &Range<BlockIndex>) {
+        if self.limit.is_none() {
+            return;
+        }
+        let map = self.map.read();
+        // Taken under the map: a block that becomes Data is in no case counted afterwards.
+        let mut reserved = self.reserved.lock();
+        for run in map.blocks.runs(blocks.clone()).filter(|run| run.state != BlockState::Data) {
+            reserved.set(run.range, BlockState::Data);
+        }
+    }
+
+    /// Counts `blocks` as reserved no more: they have become Data, or their space is given back.
+    /// Called after the map was changed.
+    pub(super) fn uncount_reserved(&self, blocks: &Range<BlockIndex>) {
+        if self.limit.is_some() && self.has_reserved.load(Ordering::Relaxed) {
+            self.reserved.lock().set(blocks.clone(), BlockState::Lower);
+        }
     }
 
     /// Refuses to reserve space for `blocks` when the host would then hold more for this layer than

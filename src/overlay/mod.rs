@@ -76,6 +76,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
+use self::blocks::BlockMap;
 pub use self::commit::CommitTarget;
 use self::commit::CommitTracker;
 use self::group_commit::GroupCommit;
@@ -127,8 +128,11 @@ pub struct Overlay {
     latched: AtomicBool,
     /// The number of changes of the map, for callers that cache results derived from the map.
     revision: AtomicU64,
-    /// The largest number of Data blocks allowed.
+    /// The largest number of blocks that may be Data or reserved.
     limit: Option<u64>,
+    /// The blocks reserved since the overlay was opened that hold no data yet (called Data here),
+    /// counted under a limit only.
+    reserved: Mutex<BlockMap>,
     /// Whether the host may hold space that was only reserved, for blocks that are not Data.
     has_reserved: AtomicBool,
     /// Sealed layers below that must be durable before this layer vouches for anything.
@@ -182,6 +186,7 @@ impl Overlay {
             latched: AtomicBool::new(false),
             revision: AtomicU64::new(0),
             limit: limit.map(|limit| limit / block_size),
+            reserved: Mutex::default(),
             has_reserved: AtomicBool::new(false),
             unclosed_layers: Mutex::default(),
             commit: CommitTracker::default(),

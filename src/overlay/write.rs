@@ -120,6 +120,7 @@ impl Overlay {
             None => 0,
         };
         self.map.write().blocks.set(blocks.clone(), state);
+        self.uncount_reserved(blocks);
         self.revision.fetch_add(1, Ordering::Release);
         Ok(sequence)
     }
@@ -227,10 +228,12 @@ impl WritableLayer for Overlay {
             self.check_reservation(&blocks)?;
             self.pending.lock().remove(&bytes);
             self.has_reserved.store(true, Ordering::Relaxed);
+            self.count_reserved(&blocks);
             self.data.allocate(bytes.clone()).inspect_err(|_| {
                 // The host may have reserved a part. Blocks that hold no data by then are freed
                 // once every record so far is vouched, because one of those records may have freed
                 // the blocks in `bytes`.
+                self.uncount_reserved(&blocks);
                 let sequence = self.log.as_ref().map_or(0, Log::last_sequence);
                 self.pending.lock().add(bytes.clone(), sequence);
             })

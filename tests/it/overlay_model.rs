@@ -219,6 +219,43 @@ fn reserved_space_of_zeroed_blocks_is_given_back() {
     }
 }
 
+#[test]
+fn limit_rejects_writes_beside_reserved_blocks_beyond_it() {
+    let base = Arc::new(TestBase::solid(0));
+    for make in [SimDisk::persistent, SimDisk::temporary] {
+        let disk = make(&base, 1 << 20, 4096, Some(8 * 4096));
+        let overlay = disk.overlay();
+        let write = |block: u64, blocks: usize| {
+            overlay.write_at(&vec![1; blocks * 4096], block * 4096, &*base, Wait::Yes)
+        };
+        let is_full = |done: io::Result<()>| done.unwrap_err().raw_os_error() == Some(libc::ENOSPC);
+        overlay.allocate(0..5 * 4096, Wait::Yes).unwrap();
+        write(100, 3).unwrap();
+        assert!(is_full(write(200, 1)), "three written and five reserved");
+        // Reserved blocks can be written, and are then counted once.
+        write(0, 3).unwrap();
+        write(100, 3).unwrap();
+        assert!(is_full(write(200, 1)));
+        // Space that is given back can be used elsewhere.
+        overlay.zero(4 * 4096..5 * 4096, &*base, Wait::Yes).unwrap();
+        write(200, 1).unwrap();
+        assert!(is_full(write(201, 1)));
+        // Also of blocks that are Zero.
+        overlay.zero(0..1 << 20, &*base, Wait::Yes).unwrap();
+        overlay.allocate(0..8 * 4096, Wait::Yes).unwrap();
+        assert!(is_full(write(200, 1)));
+        overlay.zero(0..1 << 20, &*base, Wait::Yes).unwrap();
+        write(200, 8).unwrap();
+        overlay.set_size(0).unwrap();
+        overlay.set_size(1 << 20).unwrap();
+        overlay.allocate(0..8 * 4096, Wait::Yes).unwrap();
+        overlay.set_size(0).unwrap();
+        overlay.set_size(1 << 20).unwrap();
+        write(0, 8).unwrap();
+        assert!(is_full(write(8, 1)));
+    }
+}
+
 fn zero_all(overlay: &Overlay) -> io::Result<()> {
     overlay.zero(0..overlay.size(), &TestBase::solid(0), Wait::Yes)
 }
