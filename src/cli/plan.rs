@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use clap::Args;
 
 use super::CliError;
+use super::client::check_answers;
 use crate::config::{self, CacheMode, Config, DiskSpec};
 use crate::confined::{self, FileAccess};
 use crate::host::file_system::{FsKind, HostFs};
@@ -162,6 +163,7 @@ pub(super) fn parse_disk_arg(text: &OsStr, dir: &Path) -> anyhow::Result<DiskSpe
 
 fn read_config(path: &Path, dir: &Path) -> anyhow::Result<Config> {
     let full = dir.join(path);
+    check_answers(&full)?;
     let (text, base_dir) = read_trusted(&full)
         .with_context(|| format!("cannot read the configuration '{}'", path.display()))?;
     config::parse_config(&text, &base_dir)

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::kernel::check_answers;
 use super::plan::{MountPlan, OnChangedBase, current_ids};
 use super::signals::Signals;
 use crate::base::self_reference;
@@ -20,6 +21,7 @@ use crate::store::Store;
 /// A line for the user.
 pub(super) fn open_store(plan: &MountPlan, mountpoint: &Path) -> Result<Option<Store>, String> {
     let Some(dir) = &plan.store else { return Ok(None) };
+    check_answers(dir).map_err(|error| error.to_string())?;
     self_reference::check_self_reference(dir, mountpoint, None)
         .map_err(|error| error.to_string())?;
     Store::open(dir).map(Some).map_err(|error| error.to_string())
@@ -57,6 +59,14 @@ pub(super) fn open_disks(
     // Notes about disks of the store that the plan names as well come last.
     let mut stored_notes = Vec::new();
     for spec in &plan.disks {
+        let source = match &spec.source {
+            DiskSource::File(path) => Some(path),
+            DiskSource::Blank(_) | DiskSource::Stream(_) => None,
+        };
+        let mut files = source.into_iter().chain(&spec.overlay);
+        files
+            .try_for_each(|path| check_answers(path))
+            .map_err(|error| format!("{}: {error}", spec.name))?;
         let store = spec.overlay.as_deref().and_then(|dir| catalog.store_at(dir));
         if store.is_some()
             && let Some(line) = already_stored(catalog, spec)?

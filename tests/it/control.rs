@@ -259,6 +259,8 @@ fn commands_end_although_a_daemon_is_stopped() {
         "map m2/b --svg m/x",
         "keep m2/b m/x",
         "add m2 f=m/e",
+        "mount m3 f=m/e",
+        "run f=m/d -- true",
         "snapshot m/e",
         "status m",
     ];

@@ -42,7 +42,7 @@ use self::reader::{MountReader, with_timeout};
 use crate::control::api::{DiskStatus, Progress, encode_request};
 use crate::disk::split_name;
 use crate::host::mountinfo::{self, MountEntry};
-use crate::mount::kernel::MountHandle;
+use crate::mount::kernel::{self, MountHandle};
 
 /// Time limit for a whole document: a mount that sends a byte now and then counts as hanging too.
 const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -53,11 +53,7 @@ const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// # Errors
 /// [`AskError::Silent`].
 pub(super) fn check_answers(path: &Path) -> Result<(), AskError> {
-    let Some(found) = mountinfo::enclosing_mount(path) else { return Ok(()) };
-    match Endpoint::mount(&found.mount.mountpoint).read("status") {
-        Err(error @ AskError::Silent(_)) => Err(error),
-        Ok(_) | Err(_) => Ok(()),
-    }
+    kernel::check_answers(path).map_err(|silent| AskError::Silent(silent.0))
 }
 
 /// A mount or a disk in a mount, to which requests are sent.

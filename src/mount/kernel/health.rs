@@ -3,7 +3,7 @@
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -11,7 +11,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use super::MountHandle;
-use crate::host::mountinfo::{MountEntry, mount_at};
+use crate::host::mountinfo::{MountEntry, enclosing_mount, mount_at};
 
 /// The state of a mount, of any file system type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,20 +19,42 @@ pub(crate) enum MountHealth {
     /// Nothing is mounted at exactly this path.
     NotMounted,
     /// Not known to be dead: the mount answers, or does not let this user ask (a user's mount without
-    /// `allow_other` refuses root, too), or does not answer in time.
+    /// `allow_other` refuses root, too).
     Alive,
+    /// It did not answer in time.
+    Silent,
     /// The daemon is gone: `ENOTCONN`.
     Dead,
 }
 
 /// How long a mount may take to answer. A dead one fails at once.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a mount may take to answer whose file somebody is about to open.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Returns the state of the mount at `mountpoint`. Waits 2 seconds at most.
 pub(crate) fn mount_health(mountpoint: &Path) -> MountHealth {
     match mount_at(mountpoint) {
         None => MountHealth::NotMounted,
-        Some(entry) => probe(&entry, &entry.mountpoint),
+        Some(entry) => probe(&entry, &entry.mountpoint, PROBE_TIMEOUT),
+    }
+}
+
+/// The cowslip mount in which a file lies does not answer.
+#[derive(Debug, thiserror::Error)]
+#[error("the mount at '{}' does not answer", .0.display())]
+pub(crate) struct SilentMountError(pub(crate) PathBuf);
+
+/// Checks that a call on `path` returns: one into a cowslip mount whose daemon does not answer would
+/// hang. Whether anything is there is left to whoever opens `path`. Waits 10 seconds at most.
+///
+/// # Errors
+/// [`SilentMountError`].
+pub(crate) fn check_answers(path: &Path) -> Result<(), SilentMountError> {
+    let Some(found) = enclosing_mount(path) else { return Ok(()) };
+    match probe(&found.mount, &found.mount.mountpoint, OPEN_TIMEOUT) {
+        MountHealth::Silent => Err(SilentMountError(found.mount.mountpoint)),
+        MountHealth::NotMounted | MountHealth::Alive | MountHealth::Dead => Ok(()),
     }
 }
 
@@ -41,7 +63,7 @@ impl MountHandle {
     #[must_use]
     pub(crate) fn health(&self) -> MountHealth {
         match self.is_mounted() {
-            true => probe(self.entry(), &self.access_path()),
+            true => probe(self.entry(), &self.access_path(), PROBE_TIMEOUT),
             false => MountHealth::NotMounted,
         }
     }
@@ -52,7 +74,7 @@ impl MountHandle {
 ///
 /// A process that waits for such an answer cannot end, not even by SIGKILL (`request_wait_answer` in
 /// fs/fuse/dev.c). So a child asks, and is left behind if it gets no answer in time.
-fn probe(entry: &MountEntry, path: &Path) -> MountHealth {
+fn probe(entry: &MountEntry, path: &Path, timeout: Duration) -> MountHealth {
     if entry.is_foreign() {
         return MountHealth::Alive;
     }
@@ -71,14 +93,14 @@ fn probe(entry: &MountEntry, path: &Path) -> MountHealth {
     };
     let Some(child) = child else { return MountHealth::Alive };
     drop(writer);
-    let timeout = Timespec { tv_sec: PROBE_TIMEOUT.as_secs().cast_signed(), tv_nsec: 0 };
+    let timeout = Timespec { tv_sec: timeout.as_secs().cast_signed(), tv_nsec: 0 };
     let mut fds = [PollFd::new(&reader, PollFlags::IN)];
     let answered = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&timeout)));
     let mut error = [0; 4];
     if !answered.is_ok_and(|ready| ready > 0) || rustix::io::read(&reader, &mut error) != Ok(4) {
         let _ = kill_process(child, Signal::KILL);
         let _ = waitpid(Some(child), WaitOptions::NOHANG);
-        return MountHealth::Alive;
+        return MountHealth::Silent;
     }
     let _ = waitpid(Some(child), WaitOptions::empty());
     match i32::from_ne_bytes(error) {

@@ -29,7 +29,7 @@ use rustix::mount::MountFlags;
 
 pub(crate) use self::error::MountError;
 use self::fusermount::mount_by_fusermount;
-pub(crate) use self::health::{MountHealth, mount_health};
+pub(crate) use self::health::{MountHealth, check_answers, mount_health};
 pub(crate) use self::mount_handle::MountHandle;
 pub(crate) use self::prepare::{AllowedContents, prepare_mountpoint};
 pub(crate) use self::unmount::UnmountMode;
