@@ -50,8 +50,8 @@ pub fn locate(path: &Path) -> io::Result<PathHandle> {
     PathHandle::of(walk(path)?.file)
 }
 
-/// Opens the file at `path` to append to it; creates it, for this user alone, where there is
-/// nothing. A character device is accepted too, nothing else.
+/// Opens the file at `path` to append to it, and to read it if this user may; creates it, for this user
+/// alone, where there is nothing. A character device is accepted too, nothing else.
 ///
 /// # Errors
 /// The host's errno, `EEXIST` for a link to nothing; [`io::ErrorKind::InvalidInput`] for anything
@@ -72,12 +72,17 @@ pub fn open_append(path: &Path) -> io::Result<File> {
         }
         trust::check_hard_links(&found.file, &found.parent).map_err(invalid_trust)?;
     }
-    located.open(OFlags::WRONLY | OFlags::APPEND)
+    match located.open(OFlags::RDWR | OFlags::APPEND) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            located.open(OFlags::WRONLY | OFlags::APPEND)
+        }
+        opened => opened,
+    }
 }
 
 fn create_log(path: &Path) -> io::Result<File> {
     let (dir, name) = parent_and_name(path)?;
-    let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let flags = OFlags::RDWR | OFlags::APPEND | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let mode = Mode::RUSR | Mode::WUSR;
     Ok(File::from(rustix::fs::openat(walk(dir)?.file, name, flags, mode)?))
 }

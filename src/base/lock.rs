@@ -4,7 +4,8 @@
 //! and end with it, whichever process forks or closes a descriptor.
 //!
 //! cowslip's own: two bytes far past any data. A reader of a base holds the first; a writer
-//! (`mode=rw`, commit) holds the second as well. Readers share the base; a writer is alone.
+//! (`mode=rw`, commit) holds the second as well. Readers share the base; a writer is alone. A third
+//! byte is held by daemons on the file that they log to, which is no base.
 //!
 //! qemu's (`block/file-posix.c`, `raw_apply_lock_bytes` and `raw_check_lock_bytes`): for each
 //! permission bit, byte `100 + bit` says "I use this", byte `200 + bit` says "nobody else may".
@@ -51,6 +52,9 @@ pub enum LockError {
         .0.display()
     )]
     HasReaders(PathBuf),
+    /// A daemon logs to the file.
+    #[error("'{}' is the log of a cowslip mount: name another file", .0.display())]
+    IsLog(PathBuf),
     /// The file is a disk's image, and its name was to be given to another file.
     #[error("'{}' is in use as the image of a disk: name another file", .0.display())]
     InUse(PathBuf),
@@ -71,6 +75,8 @@ const OWN_LOCK_BASE: i64 = 0x636f_7773_6c69_7000;
 const USER_BYTE: i64 = OWN_LOCK_BASE;
 /// The byte that the writer of the file holds.
 const WRITER_BYTE: i64 = OWN_LOCK_BASE + 1;
+/// The byte that every daemon holds that logs to the file.
+const LOG_BYTE: i64 = OWN_LOCK_BASE + 2;
 
 /// qemu's permission bits, as byte offsets from [`QEMU_PERM_BASE`] and [`QEMU_SHARED_BASE`].
 const PERM_READ: i64 = 0;
@@ -145,6 +151,9 @@ fn try_lock(
     if is_held(file, WRITER_BYTE).map_err(host_error)? {
         return Err(LockError::HasWriter(path.to_owned()));
     }
+    if is_held(file, LOG_BYTE).map_err(host_error)? {
+        return Err(LockError::IsLog(path.to_owned()));
+    }
     if access == BaseAccess::Write && is_held(file, USER_BYTE).map_err(host_error)? {
         return Err(LockError::HasReaders(path.to_owned()));
     }
@@ -169,19 +178,39 @@ fn try_lock(
 }
 
 /// Refuses a file, about to be replaced under its name, that a disk of cowslip's, a virtual machine or
-/// a qemu tool uses as its image. A file that this user may not read is let through, and so is one on
-/// a file system without locks.
+/// a qemu tool uses as its image, or that a daemon logs to. A file that this user may not read is let
+/// through, and so is one on a file system without locks.
 ///
 /// # Errors
-/// [`LockError::InUse`].
+/// [`LockError::InUse`], [`LockError::IsLog`].
 pub fn check_unused(located: &PathHandle, path: &Path) -> Result<(), LockError> {
     if !located.metadata().is_file() {
         return Ok(());
     }
     let Ok(file) = located.open(OFlags::RDONLY) else { return Ok(()) };
+    check_no_image(&file, path)?;
+    match is_held(&file, LOG_BYTE).unwrap_or(false) {
+        true => Err(LockError::IsLog(path.to_owned())),
+        false => Ok(()),
+    }
+}
+
+/// Locks `file`, to which this process is about to log, until the end of this open file: nobody takes
+/// it as the image of a disk. Several may log to one file. On a file system without locks nothing is
+/// locked, nor where this user may only write.
+///
+/// # Errors
+/// [`LockError::InUse`] when it is the image of a disk.
+pub fn lock_log(file: &File, path: &Path) -> Result<(), LockError> {
+    // As for images, set first and tested afterwards.
+    let _ = try_lock_shared(file, std::iter::once(LOG_BYTE));
+    check_no_image(file, path)
+}
+
+fn check_no_image(file: &File, path: &Path) -> Result<(), LockError> {
     let own = [USER_BYTE, WRITER_BYTE].into_iter();
     let mut bytes = own.chain((PERM_READ..=PERM_RESIZE).map(|bit| QEMU_PERM_BASE + bit));
-    match bytes.any(|byte| is_held(&file, byte).unwrap_or(false)) {
+    match bytes.any(|byte| is_held(file, byte).unwrap_or(false)) {
         true => Err(LockError::InUse(path.to_owned())),
         false => Ok(()),
     }

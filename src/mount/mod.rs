@@ -17,6 +17,7 @@ pub(crate) mod daemon;
 mod disks;
 pub(crate) mod kernel;
 mod limits;
+mod log_file;
 mod notify;
 pub(crate) mod openers;
 mod plan;
@@ -44,7 +45,6 @@ use crate::fs::{Deadlines, FsContext, PageCache};
 use crate::logging::{self, LogTarget};
 use crate::pool::{Pool, reserve, run_cancellable};
 use crate::process::{self, InheritedFds};
-use crate::trusted_path;
 
 /// Serves `plan` until it is unmounted, and reports notes, success or failure of the start through
 /// `ready`. Returns the process's exit code: 0, or 1 when something failed.
@@ -186,10 +186,7 @@ fn redirect_stdout(plan: &MountPlan) -> Result<(), String> {
 
 fn open_log(plan: &MountPlan) -> Result<LogTarget, String> {
     match (&plan.log, plan.mode) {
-        (Some(path), _) => {
-            let file = trusted_path::open_append(path);
-            file.map(LogTarget::File).map_err(|error| format!("log '{}': {error}", path.display()))
-        }
+        (Some(path), _) => log_file::open(path, plan).map(LogTarget::File),
         (None, DaemonMode::Foreground) => Ok(LogTarget::Stderr),
         (None, DaemonMode::Background) => Ok(LogTarget::System),
     }

@@ -552,6 +552,58 @@ fn files_that_a_disk_uses_are_replaced_by_no_command() {
 }
 
 #[test]
+fn log_is_none_of_the_files_that_a_disk_uses() {
+    let mut lab = lab();
+    lab.watch("base.img");
+    lab.sh("qemu-img create -q -f qcow2 -b base.img -F raw top.q; ln base.img hard; ln -s base.img soft
+         mkdir new m2; cp base.img other.img; md5sum base.img top.q >sums");
+    lab.mount("d=base.img,overlay=ov");
+    lab.umount();
+    lab.ok("mount m --store st");
+    lab.umount();
+    for (disk, log, why) in [
+        ("d=base.img", "base.img", "it is the image of the disk 'd'"),
+        ("d=base.img", "hard", "it is the image of the disk 'd'"),
+        ("d=base.img,mode=ro", "soft", "it is the image of the disk 'd'"),
+        ("d=soft", "base.img", "it is the image of the disk 'd'"),
+        ("d=top.q,format=qcow2", "top.q", "it is the image of the disk 'd'"),
+        // One that it needs: no name of it is known before the image is read.
+        ("d=top.q,format=qcow2", "base.img", "base.img' is the log of a cowslip mount"),
+        ("d=base.img,overlay=ov", "ov/stack", "/ov', which holds cowslip's own files"),
+        ("d=base.img,overlay=ov", "ov/layers/x", "/ov', which holds cowslip's own files"),
+        ("d=base.img", "ov/x", "/ov', which holds cowslip's own files"),
+        ("d=base.img,overlay=new", "new/x", "/new', which holds cowslip's own files"),
+        ("--store st", "st/layers/x", "/st', which holds cowslip's own files"),
+        ("--store st", "st/store", "/st', which holds cowslip's own files"),
+        ("--store new", "new/x", "/new', which holds cowslip's own files"),
+    ] {
+        refuse(&lab, 1, &format!("{disk} --log {log}"), &[why]);
+        lab.sh("md5sum --quiet -c sums");
+    }
+    lab.ok("check ov");
+    // Several mounts may share a log; none of them, and nothing else, takes it as a disk.
+    lab.ok("mount m d=base.img --log x.log");
+    lab.ok("mount m2 d=base.img --log x.log");
+    refuse_line(&lab, 1, "add m x.log", &["x.log' is the log of a cowslip mount"]);
+    refuse_line(
+        &lab,
+        1,
+        "diff m/d -O rbd -o x.log --overwrite",
+        &["is the log of a cowslip mount"],
+    );
+    lab.ok("umount m2");
+    // Nor is an image the log of another mount.
+    refuse_line(
+        &lab,
+        1,
+        "mount m2 d=other.img --log base.img",
+        &["is in use as the image of a disk"],
+    );
+    lab.umount();
+    lab.ok("mount m d=x.log");
+}
+
+#[test]
 fn a_limit_of_processes_is_told_in_a_line() {
     let lab = lab();
     lab.sh("chmod 777 m; chmod 644 base.img");

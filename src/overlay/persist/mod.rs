@@ -24,8 +24,8 @@ pub(super) use self::layer_dir::{
 pub(super) use self::open::take_lock;
 pub use self::open::{LockedOverlay, lock_overlay};
 pub use self::overlay_dir::{Holder, OpenedOverlay, OverlayDir};
-pub(crate) use self::path::STORE_DIRS;
 pub(super) use self::path::parent_for_new;
 pub use self::path::{OverlayPath, exists, open_overlay_dir, resolve_overlay_path};
+pub(crate) use self::path::{STORE_DIRS, is_overlay_or_store};
 pub(crate) use self::staging::STAGING_PREFIX;
 pub(super) use self::staging::StagingDir;

@@ -42,6 +42,14 @@ pub fn exists(dir: &Path) -> Result<bool, OverlayError> {
     }
 }
 
+/// Returns whether `dir` is the directory of an overlay, or a store, as far as that can be told by its
+/// files.
+pub(crate) fn is_overlay_or_store(dir: &Path) -> bool {
+    let is_store = || STORE_DIRS.iter().all(|name| dir.join(name).is_dir());
+    let has_data = || dir.join("layers").is_dir() || dir.join("data").is_file();
+    dir.join("stack").is_file() && has_data() || is_store()
+}
+
 /// Opens the directory of an overlay, which no untrusted user could have put there.
 ///
 /// # Errors
