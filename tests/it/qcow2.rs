@@ -420,6 +420,45 @@ fn damaged_headers_and_tables_are_rejected() {
 }
 
 #[test]
+fn entries_that_an_image_of_its_kind_cannot_have_are_errors_as_in_qemu() {
+    let lab = Lab::new();
+    lab.sh("qemu-img create -q -f qcow2 -o compat=0.10 old.q 4M
+         qemu-img create -q -f qcow2 -o data_file=moved.raw moved.q 4M
+         qemu-img create -q -f qcow2 -o data_file=packed.raw packed.q 4M
+         for i in old moved packed; do qemu-io -c 'write -P 7 0 256K' $i.q; done");
+    // The second of four clusters: zeros in version 2, bytes of another place, compressed ones.
+    for (name, change) in [
+        ("old", (|entry| entry | 1) as fn(u64) -> u64),
+        ("moved", |entry| entry + 65_536),
+        ("packed", |entry| entry & !(1 << 63) | 1 << 62),
+    ] {
+        let image = lab.open(&format!("{name}.q"));
+        let number = |at: u64| {
+            let mut bytes = [0; 8];
+            image.read_exact_at(&mut bytes, at).unwrap();
+            u64::from_be_bytes(bytes)
+        };
+        let l2 = number(number(40)) & 0x00ff_ffff_ffff_fe00;
+        image.write_all_at(&change(number(l2 + 8)).to_be_bytes(), l2 + 8).unwrap();
+    }
+    let words = ["old", "moved", "packed"].map(|name| format!("{name}={name}.q,format=qcow2"));
+    lab.mount(&format!("--allow-backing . {}", words.join(" ")));
+    for name in ["old", "moved", "packed"] {
+        let disk = lab.open_ro(&format!("m/{name}"));
+        let mut buf = [0; 4096];
+        for at in [0, 128 << 10] {
+            disk.read_exact_at(&mut buf, at).unwrap();
+            assert_eq!(buf, [7; 4096], "{name}: {at}");
+        }
+        let error = disk.read_exact_at(&mut buf, 64 << 10).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO), "{name}");
+        let qemu = format!("qemu-io -r -f qcow2 -c 'read 64K 4K' {name}.q 2>&1 || true");
+        let qemu = lab.sh(&qemu);
+        assert!(qemu.contains("Input/output error"), "{name}: {qemu}");
+    }
+}
+
+#[test]
 fn damaged_clusters_give_errors_instead_of_wrong_bytes() {
     let lab = Lab::new();
     lab.sh("seq 700000 | head -c 4M >base.img; qemu-img convert -c -f raw -O qcow2 base.img packed.qcow2; qemu-img convert -f raw -O qcow2 base.img cut.qcow2");

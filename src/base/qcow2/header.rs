@@ -67,6 +67,8 @@ pub enum DataFile {
 /// The contents of a qcow2 header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Qcow2Header {
+    /// The version of the format: 2 or 3.
+    pub version: u32,
     /// Size of the disk in bytes.
     pub size: u64,
     /// Cluster size in bytes: 512 to 2 MiB.
@@ -134,7 +136,7 @@ impl Qcow2Header {
             0 => DataFile::Inside,
             _ => DataFile::External(found.data_file),
         };
-        Ok(Self { size, cluster_size: cluster, backing, data_file, l1, l1_len })
+        Ok(Self { version, size, cluster_size: cluster, backing, data_file, l1, l1_len })
     }
 
     /// Length in bytes of the L1 table, all of which is kept in memory.

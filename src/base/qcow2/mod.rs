@@ -117,7 +117,7 @@ impl Qcow2Layer {
         Ok(MappedRun { range: run.range.start..run.range.start + len, mapping: RunMapping::Zero })
     }
 
-    /// Reads the mapping of a whole stretch from the tables.
+    /// Reads the mapping of a whole stretch from the tables. A wrong entry is that of its cluster alone.
     fn look_up_run(&self, range: &Range<u64>, wait: Wait) -> io::Result<MappedRun> {
         if wait == Wait::No {
             return Err(os_error(libc::EAGAIN));
@@ -125,9 +125,22 @@ impl Qcow2Layer {
         let stretch = self.run_cache.stretch_at(range.start);
         let mut runs = Vec::new();
         let mut at = stretch.start;
+        // Behind the cluster at which a longer run was found to be wrong somewhere.
+        let mut checked_to = at;
         while at < stretch.end {
-            let (mapping, len) =
-                self.tables.mapping(at, stretch.end - at).map_err(|error| read_error(&error))?;
+            let cluster_end = (at - at % self.cluster_size + self.cluster_size).min(stretch.end);
+            let asked_to = if at < checked_to { cluster_end } else { stretch.end };
+            let (mapping, len) = match self.tables.mapping(at, asked_to - at) {
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    if asked_to > cluster_end {
+                        // Somewhere in what was asked for: it is found cluster by cluster.
+                        checked_to = asked_to;
+                        continue;
+                    }
+                    (RunMapping::Damaged, cluster_end - at)
+                }
+                found => found.map_err(|error| read_error(&error))?,
+            };
             let end = at + len.clamp(1, stretch.end - at);
             run_cache::push_merged(&mut runs, MappedRun { range: at..end, mapping });
             at = end;
@@ -179,7 +192,8 @@ impl Layer for Qcow2Layer {
         let kind = match run.mapping {
             RunMapping::Lower => self.unallocated_kind,
             RunMapping::Zero => ExtentKind::Zero,
-            RunMapping::Compressed => ExtentKind::Data,
+            // Damage is reported to the reader of the bytes.
+            RunMapping::Compressed | RunMapping::Damaged => ExtentKind::Data,
             RunMapping::Data(at) => {
                 // Allocated clusters may be holes of the file: as in QEMU, these are zeros.
                 let found =
@@ -207,6 +221,10 @@ impl Layer for Qcow2Layer {
         match run.mapping {
             RunMapping::Lower => Ok(Extent::new(run.range, self.unallocated_kind)),
             RunMapping::Zero => Ok(Extent::new(run.range, ExtentKind::Zero)),
+            RunMapping::Damaged => {
+                let what = format!("the entry of the cluster with byte {offset} is damaged");
+                Err(read_error(&io::Error::other(what)))
+            }
             RunMapping::Data(at) => {
                 let found = self.data.read_at(&mut buf[..len], at, wait)?;
                 let kind = if found.kind == ExtentKind::Data {

@@ -33,6 +33,8 @@ pub(super) enum RunMapping {
     Data(u64),
     /// Compressed, each cluster separately.
     Compressed,
+    /// What the image's tables say cannot be.
+    Damaged,
 }
 
 /// A run of the disk with one mapping.

@@ -93,7 +93,24 @@ impl ImageTables {
             ShallowMapping::Special { .. } => RunMapping::Compressed,
             _ => return Err(io::ErrorKind::InvalidData.into()),
         };
+        self.check_mapping(&mapping, at)?;
         Ok((mapping, len))
+    }
+
+    /// Refuses a `mapping` of the byte `at` that an image of this kind cannot have, as QEMU does.
+    fn check_mapping(&self, mapping: &RunMapping, at: u64) -> io::Result<()> {
+        let is_inside = self.header.data_file == DataFile::Inside;
+        let flaw = match *mapping {
+            RunMapping::Zero if self.header.version < 3 => {
+                "a zero cluster, which version 2 has not"
+            }
+            RunMapping::Compressed if !is_inside => "a compressed cluster beside a data file",
+            RunMapping::Data(host) if !is_inside && host != at => {
+                "a cluster that is elsewhere in its data file than on the disk"
+            }
+            _ => return Ok(()),
+        };
+        Err(io::Error::new(io::ErrorKind::InvalidData, format!("{flaw} (at {at})")))
     }
 
     /// Fills `buf` with the contents of the compressed cluster at `start`.
