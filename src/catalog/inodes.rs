@@ -27,6 +27,12 @@ impl Inodes {
             || disk.partition_files().iter().any(|partition| is_taken(partition.ino()))
     }
 
+    /// Returns another disk of the inode number of `disk`: one of the same overlay, copied.
+    pub(super) fn twin(&self, disk: &Disk) -> Option<Arc<CatalogEntry>> {
+        let found = self.disks.get(&disk.ino()).map(|entry| Arc::clone(&entry));
+        found.filter(|entry| !std::ptr::eq(&*entry.disk, disk))
+    }
+
     /// Registers a disk, in place of an earlier entry of the same disk.
     pub(super) fn insert(&self, entry: Arc<CatalogEntry>) {
         self.disks.insert(entry.disk.ino(), entry);

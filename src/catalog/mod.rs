@@ -90,12 +90,20 @@ impl Catalog {
     }
 
     /// Refuses a disk `name` if its name or a name of its partition files clashes with another
-    /// disk.
+    /// disk, or if it is a copy of one.
     ///
     /// # Errors
     /// A line for the user, without the name.
     pub fn check_clash(&self, name: &str, disk: &Disk) -> Result<(), String> {
-        find_clash(&self.names.read(), name, disk).map_or(Ok(()), Err)
+        let names = self.names.read();
+        if let Some(twin) = self.inodes.twin(disk) {
+            let other = names.iter().find(|(_, entry)| Arc::ptr_eq(entry, &twin));
+            let other = other.map_or("a disk that was removed", |(name, _)| name);
+            return Err(format!(
+                "its overlay is a copy of that of '{other}', and a mount shows one of them: use another mount"
+            ));
+        }
+        find_clash(&names, name, disk).map_or(Ok(()), Err)
     }
 
     /// Returns the partition file called `name`.

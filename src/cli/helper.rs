@@ -184,6 +184,12 @@ impl HelperOptions {
         let value = value.get(1..).map(OsStr::from_bytes);
         let path = value.map(PathBuf::from);
         match (key, path) {
+            (b"config" | b"store" | b"log" | b"trust", path)
+                if path.as_deref().is_none_or(|path| path == Path::new("")) =>
+            {
+                let key = key.escape_ascii();
+                return Err(CliError::usage(format!("{key} needs a value: write {key}=PATH")));
+            }
             (b"config", path @ Some(_)) => self.common.config = path,
             (b"store", path @ Some(_)) => self.common.store = path,
             (b"log", path @ Some(_)) => self.common.log = path,
@@ -294,6 +300,17 @@ mod tests {
         let wish = wish(&["none", "/mnt", "-o", "store=/srv/store"]).unwrap();
         assert!(wish.disks.is_empty());
         assert_eq!(wish.common.store, Some("/srv/store".into()));
+    }
+
+    #[test]
+    fn option_that_names_a_path_needs_one() {
+        for key in ["config", "store", "log", "trust"] {
+            for option in [key.to_owned(), format!("{key}=")] {
+                let error = wish(&["none", "/mnt", "-o", &option]).unwrap_err();
+                let line = format!("{key} needs a value: write {key}=PATH");
+                assert_eq!(error.to_string(), line);
+            }
+        }
     }
 
     #[test]

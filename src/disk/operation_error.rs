@@ -54,7 +54,7 @@ pub enum OperationError {
     Overlay(#[from] OverlayError),
     /// The reflink overlay failed.
     #[error("it {0}")]
-    Reflink(#[from] ReflinkError),
+    Reflink(ReflinkError),
     /// The host failed.
     #[error("{what}: {error}")]
     Io {
@@ -66,6 +66,16 @@ pub enum OperationError {
     /// The operation cannot be done to this disk: why, and the remedy.
     #[error("{0}")]
     Refused(String),
+}
+
+impl From<ReflinkError> for OperationError {
+    fn from(error: ReflinkError) -> Self {
+        match error {
+            // What was being done, where the others go on from the name of the overlay.
+            ReflinkError::Overlay(error) => Self::Overlay(error),
+            error => Self::Reflink(error),
+        }
+    }
 }
 
 impl OperationError {

@@ -84,7 +84,7 @@ impl ReceiveState {
 }
 
 /// The suffix added to the name of the received file.
-const STATE_SUFFIX: &str = ".part.state";
+pub(super) const STATE_SUFFIX: &str = ".part.state";
 /// The suffix of the new state file until it is complete.
 const NEW_STATE_SUFFIX: &str = ".part.state.new";
 

@@ -552,6 +552,20 @@ fn files_that_a_disk_uses_are_replaced_by_no_command() {
 }
 
 #[test]
+fn copy_of_an_overlay_is_refused_beside_it_in_one_mount() {
+    let lab = lab();
+    lab.mount("d=base.img,overlay=ov");
+    lab.umount();
+    lab.sh("cp -a ov copy; mkdir m2");
+    let line = "e: its overlay is a copy of that of 'd', and a mount shows one of them";
+    refuse(&lab, 1, "d=base.img,overlay=ov e=base.img,overlay=copy", &[line]);
+    lab.mount("d=base.img,overlay=ov");
+    refuse_line(&lab, 1, "add m e=base.img,overlay=copy", &[line]);
+    lab.ok("mount m2 e=base.img,overlay=copy");
+    lab.ok("umount m2");
+}
+
+#[test]
 fn log_is_none_of_the_files_that_a_disk_uses() {
     let mut lab = lab();
     lab.watch("base.img");

@@ -136,7 +136,8 @@ impl DiskKey {
     }
 
     fn set_text(&self, disk: &mut DiskSpec, text: &OsStr, dir: &Path) -> Result<(), SpecError> {
-        let word = || text.to_str().ok_or_else(|| SpecError::value(text, self.sample));
+        let no_text = || format!("UTF-8: write it as in {}={}", self.name, self.sample);
+        let word = || text.to_str().ok_or_else(|| SpecError::value(text, no_text()));
         match &self.set {
             KeySetter::Switch(set) => set(disk, parse_switch(word()?)?),
             KeySetter::Size(set) => set(disk, parse_size(word()?)?)?,

@@ -318,5 +318,8 @@ mod tests {
         for text in [&b"v.img,mode=r\xff"[..], b"v.img,size=\xff", b"v.img,\xff=1", b"\xff=v.img"] {
             assert!(parse_disk(OsStr::from_bytes(text), Path::new("/"), &|_| false).is_err());
         }
+        let text = OsStr::from_bytes(b"v.img,gid=\xff");
+        let error = parse_disk(text, Path::new("/"), &|_| false).unwrap_err().to_string();
+        assert!(error.ends_with("is not UTF-8: write it as in gid=1000"), "{error}");
     }
 }

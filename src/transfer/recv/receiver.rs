@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::super::destination::FileOwner;
 use super::super::old_copy;
 use super::super::source::TransferSource;
-use super::super::state::{ReceiveState, StateWriter};
+use super::super::state::{ReceiveState, STATE_SUFFIX, StateWriter};
 use super::super::target_writer::{TargetKind, TargetWriter, device_size};
 use super::super::{TransferError, TransferFormat, TransferProgress};
 use super::head::StreamHead;
@@ -232,8 +232,10 @@ impl<'a> Receiver<'a> {
         state_writer.finish().map_err(failed)?;
         self.target.flush_hole().map_err(failed)?;
         part.commit(self.overwrite).map_err(TransferError::AfterStart)?;
-        ReceiveState::remove(part.slot())
-            .map_err(|error| TransferError::host("remove", &path, &error))?;
+        ReceiveState::remove(part.slot()).map_err(|error| {
+            let state = path.with_file_name(part.slot().with_suffix(STATE_SUFFIX));
+            TransferError::host("remove", &state, &error)
+        })?;
         Ok(Received { progress, is_verified })
     }
 }
