@@ -169,7 +169,18 @@ fn keep_that_cannot_be_made_durable_leaves_nothing_behind() {
     let lab = Lab::new();
     // Temporary overlays lie in the same file system, so the data is linked.
     lab.sh("mkdir host");
-    lab.mount("d=blank:1G");
+    lab.mount("d=blank:1G e=blank:1G");
+    // What has its name is kept, though its lock cannot be released.
+    for nth in 1.. {
+        let fail = format!("inject=flock:error=EIO:when={nth}");
+        let strace = Strace::attach_with(&lab, lab.pid(), "flock", &[fail]);
+        let kept = lab.cowslip("keep m/e kept");
+        strace.end(&lab, || true);
+        assert_eq!(lab.path("kept").exists(), kept.status.success(), "{nth}: {}", show(&kept));
+        if kept.status.success() {
+            break;
+        }
+    }
     lab.open("m/d").write_all_at(&noise(MIB, 1), 0).unwrap();
     let mut failed = 0;
     loop {
