@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use super::kernel::check_answers;
 use super::plan::MountPlan;
 use crate::base::lock;
 use crate::config::DiskSource;
@@ -19,6 +20,7 @@ use crate::trusted_path;
 /// store.
 pub(super) fn open(path: &Path, plan: &MountPlan) -> Result<File, String> {
     let refused = |why: &dyn std::fmt::Display| format!("log '{}': {why}", path.display());
+    check_answers(path).map_err(|error| refused(&error))?;
     // Looked at before the file is created, and again where links have led to.
     if let Some(Ok(dir)) = path.parent().map(trusted_path::real_dir) {
         check_place(&dir, plan).map_err(|why| refused(&why))?;
@@ -33,6 +35,7 @@ pub(super) fn open(path: &Path, plan: &MountPlan) -> Result<File, String> {
     }
     for disk in &plan.disks {
         if let DiskSource::File(base) = &disk.source
+            && check_answers(base).is_ok()
             && let Ok(base) = base.metadata()
             && (base.dev(), base.ino()) == (found.dev(), found.ino())
         {
@@ -51,7 +54,9 @@ pub(super) fn open(path: &Path, plan: &MountPlan) -> Result<File, String> {
 /// becomes one with this mount.
 fn check_place(dir: &Path, plan: &MountPlan) -> Result<(), String> {
     let planned = plan.disks.iter().filter_map(|disk| disk.overlay.as_deref());
-    let mut planned = planned.chain(plan.store.as_deref()).flat_map(Path::canonicalize);
+    // What does not answer is told when it is opened.
+    let planned = planned.chain(plan.store.as_deref()).filter(|path| check_answers(path).is_ok());
+    let mut planned = planned.flat_map(Path::canonicalize);
     let owner = dir.ancestors().find(|dir| persist::is_overlay_or_store(dir)).map(Path::to_owned);
     match owner.or_else(|| planned.find(|planned| dir.starts_with(planned))) {
         Some(owner) => Err(format!(
