@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Args;
 
-use super::client::Endpoint;
+use super::client::{AskError, Endpoint};
 use super::long_request::LongRequest;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
@@ -45,8 +45,14 @@ pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
     args.trust.allow(&current_dir()?)?;
     // The mount table first: a call into a mount may hang with it.
     if let Some(place) = mounted_disk(&args.target)? {
-        if let Some(base) = place.disk_status().ok().and_then(|disk| disk.base) {
-            print_base(&place.disk.clone().unwrap_or_default(), &base);
+        match place.disk_status() {
+            Ok(disk) => {
+                let name = place.disk.clone().unwrap_or_default();
+                disk.base.iter().for_each(|base| print_base(&name, base));
+            }
+            // The request would not be answered either.
+            Err(error @ AskError::Silent(_)) => return Err(error.into()),
+            Err(_) => {}
         }
         let request = DiskRequest::Commit { force: args.force };
         return ask_long(&place, &request, LongRequest::Commit, args.verbosity);
