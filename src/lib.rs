@@ -43,6 +43,7 @@
 //! locks, the threads and the words. `CONTRIBUTING.md` says how to test and extend the code.
 
 mod aligned;
+mod arrival;
 pub mod base;
 pub mod catalog;
 pub mod cli;
@@ -66,6 +67,7 @@ pub mod part_file;
 mod pool;
 mod printable;
 pub mod process;
+mod remote;
 mod store;
 pub mod stream;
 pub mod transfer;
