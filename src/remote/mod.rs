@@ -8,4 +8,9 @@
 //!           └── nbd/          the protocols
 //! ```
 
+mod cache;
+mod plan;
 mod transport;
+
+/// Bytes in a block: the unit in which the cache knows what is there.
+const BLOCK_SIZE: u64 = 4096;
