@@ -21,9 +21,7 @@ use std::io;
 use std::ops::Range;
 
 use crate::config::format_size;
-use crate::extents::ExtentKind;
-use crate::host::os_error;
-use crate::layer::{Layer, Wait};
+use crate::layer::{self, Layer};
 
 /// Sector sizes of disks in bytes; the second is rare in files.
 const SECTOR_SIZES: [u64; 2] = [512, 4096];
@@ -65,20 +63,7 @@ impl TableSource for &dyn Layer {
     }
 
     fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
-        let mut done = 0;
-        while done < buf.len() {
-            let rest = &mut buf[done..];
-            let found = self.read_at(rest, at + done as u64, Wait::Yes)?;
-            let len = usize::try_from(found.len()).unwrap_or(usize::MAX).min(rest.len());
-            if len == 0 {
-                return Err(os_error(libc::EIO));
-            }
-            if found.kind != ExtentKind::Data {
-                rest[..len].fill(0);
-            }
-            done += len;
-        }
-        Ok(())
+        layer::read_exact(*self, buf, at)
     }
 }
 
