@@ -144,20 +144,35 @@ fn device_id(rdev: u64) -> Option<String> {
     Some(found + &part)
 }
 
-/// Hashes the samples in order, each into the next.
+/// The hash of the samples of a base, wherever its bytes are read from.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct SampleHash(u32);
+
+impl SampleHash {
+    /// Adds the bytes of the next of the [`sample_positions`].
+    pub(crate) fn add(&mut self, sample: &[u8]) {
+        self.0 = crc32c::crc32c_append(self.0, sample);
+    }
+
+    /// Returns the hash of all samples, as in [`Identity::hash`].
+    pub(crate) fn finish(self) -> String {
+        format!("crc32c:{:08x}", self.0)
+    }
+}
+
 fn sampled_hash(file: &File, size: u64) -> io::Result<String> {
-    let mut hash = 0;
+    let mut hash = SampleHash::default();
     let mut buf = [0; EDGE_LEN];
     for (at, len) in sample_positions(size) {
         file.read_exact_at(&mut buf[..len], at)?;
-        hash = crc32c::crc32c_append(hash, &buf[..len]);
+        hash.add(&buf[..len]);
     }
-    Ok(format!("crc32c:{hash:08x}"))
+    Ok(hash.finish())
 }
 
-/// Offsets and lengths (at most [`EDGE_LEN`]) of the samples of a file of `size` bytes: ascending,
-/// disjoint and inside the file.
-fn sample_positions(size: u64) -> Vec<(u64, usize)> {
+/// Offsets and lengths in bytes (at most 64 KiB) of the samples of a base of `size` bytes: ascending,
+/// disjoint and inside the base.
+pub(crate) fn sample_positions(size: u64) -> Vec<(u64, usize)> {
     let edge = EDGE_LEN as u64;
     if size <= 2 * edge + SAMPLE_COUNT * SAMPLE_LEN as u64 {
         let whole = (0..size).step_by(EDGE_LEN);
@@ -252,6 +267,24 @@ mod tests {
         set_mtime(&original, 1_795_225_562);
         let what = was.differences_of_copy(&Identity::of(&original).unwrap()).unwrap();
         assert!(what.starts_with("modified 2026-11-21"), "{what}");
+    }
+
+    #[test]
+    fn samples_that_were_read_elsewhere_give_the_hash_of_the_file() {
+        for size in [0, 100, 65_536, 393_217, 10 << 20] {
+            let bytes: Vec<u8> = (0..size).map(|at| u8::try_from(at % 251).unwrap()).collect();
+            let file = file(size);
+            file.write_all_at(&bytes, 0).unwrap();
+            let mut hash = SampleHash::default();
+            for (at, len) in sample_positions(size) {
+                hash.add(&bytes[usize::try_from(at).unwrap()..][..len]);
+            }
+            assert_eq!(hash.finish(), Identity::of(&file).unwrap().hash);
+        }
+        // It is written down by every overlay: no version may change it.
+        let (mut hash, samples) = (SampleHash::default(), sample_positions(1 << 40));
+        samples.iter().for_each(|(at, _)| hash.add(&at.to_le_bytes()));
+        assert_eq!((samples.len(), hash.finish().as_str()), (66, "crc32c:2019ce64"));
     }
 
     #[test]
