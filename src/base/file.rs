@@ -27,8 +27,6 @@ pub struct BaseFile {
     pub(in crate::base) file: Arc<File>,
     /// The layer that reads and writes the file; the locks end with it.
     pub(in crate::base) raw: Arc<RawBase>,
-    /// Size in bytes.
-    pub(in crate::base) size: u64,
     /// The canonical path.
     pub(in crate::base) real_path: PathBuf,
     /// Whether `real_path` leads to the file; otherwise `real_path` is the path that was given.
@@ -96,7 +94,7 @@ pub(super) fn open_located(
     let found = confined::real_path(&*file).ok();
     let has_real_path = found.is_some();
     let real_path = found.unwrap_or_else(|| path.to_owned());
-    Ok(BaseFile { file, raw: Arc::new(raw), size, real_path, has_real_path })
+    Ok(BaseFile { file, raw: Arc::new(raw), real_path, has_real_path })
 }
 
 /// A base that a disk reads and that a commit now writes.

@@ -10,14 +10,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::error::BaseError;
-use super::file::BaseFile;
+use super::image::BaseImage;
 use super::{BaseOptions, qcow2};
 use crate::config::Format;
-use crate::host;
-use crate::layer::{Layer, Wait};
+use crate::layer::{self, Layer};
 
-/// Bytes read at the start and at the end of a file for its marks.
-const MARK_AREA: usize = 512;
+/// Bytes read at the start and at the end of an image for its marks.
+const MARK_AREA: u64 = 512;
 
 /// A format of a base.
 pub struct BaseFormat {
@@ -49,8 +48,8 @@ enum Support {
     No,
 }
 
-/// Opens the image in a file, with the files that it needs.
-type Opener = fn(BaseFile, &BaseOptions<'_>) -> Result<OpenedImage, BaseError>;
+/// Opens an image, with the files that it needs.
+type Opener = fn(BaseImage, &BaseOptions<'_>) -> Result<OpenedImage, BaseError>;
 
 /// An image that was opened.
 pub(super) struct OpenedImage {
@@ -128,43 +127,43 @@ impl BaseFormat {
         matches!(self.support, Support::Bytes)
     }
 
-    /// Opens the image in `file`, of a format that was checked.
+    /// Opens `image`, of a format that was checked.
     ///
     /// # Errors
     /// The errors of the format's own reader.
     pub(super) fn open(
         &self,
-        file: BaseFile,
+        image: BaseImage,
         options: &BaseOptions<'_>,
     ) -> Result<OpenedImage, BaseError> {
         match self.support {
-            Support::Read(open) => open(file, options),
+            Support::Read(open) => open(image, options),
             Support::Bytes | Support::Encrypted | Support::No => {
-                Ok(OpenedImage { layer: file.raw, needs: Vec::new() })
+                Ok(OpenedImage { layer: image.layer, needs: Vec::new() })
             }
         }
     }
 }
 
-fn open_qcow2(file: BaseFile, options: &BaseOptions<'_>) -> Result<OpenedImage, BaseError> {
-    let chain = qcow2::open(file, options.allow_backing, options.locking)?;
+fn open_qcow2(image: BaseImage, options: &BaseOptions<'_>) -> Result<OpenedImage, BaseError> {
+    let chain = qcow2::open(image, options.allow_backing, options.locking)?;
     let needs = chain.needs().to_vec();
     Ok(OpenedImage { layer: Arc::new(chain), needs })
 }
 
-/// Finds the row of `format`. Refuses a format that is not read, and, when no format is given, a file
-/// that does not look raw.
+/// Finds the row of `format`. Refuses a format that is not read, and, when no format is given, an
+/// image that does not look raw. `path` is for messages.
 ///
 /// # Errors
-/// The host's errno when the file cannot be read.
+/// The errno of `image` when it cannot be read.
 pub(super) fn check_format(
     path: &Path,
-    file: &BaseFile,
+    image: &dyn Layer,
     format: Option<Format>,
 ) -> io::Result<Result<&'static BaseFormat, BaseError>> {
     let found = match format {
         Some(format) => BaseFormat::of(format),
-        None => detect(&file.file, file.size)?,
+        None => detect(image)?,
     };
     let (path, looks) = (path.to_owned(), found.format);
     Ok(match found.support {
@@ -175,10 +174,10 @@ pub(super) fn check_format(
     })
 }
 
-/// Detects the format of `file`, which has `size` bytes, by its marks; without any it is raw.
-fn detect(file: &File, size: u64) -> io::Result<&'static BaseFormat> {
+/// Detects the format of `image` by its marks; without any it is raw.
+fn detect(image: &dyn Layer) -> io::Result<&'static BaseFormat> {
     let find = |has: &dyn Fn(&Mark) -> bool| FORMATS.iter().find(|row| row.marks.iter().any(has));
-    let head = read_up_to(file, 0)?;
+    let head = read_up_to(image, 0)?;
     let by_head = find(&|mark| match mark {
         Mark::Head(at, magic) => head.get(*at..).unwrap_or_default().starts_with(magic),
         Mark::Tail(_) => false,
@@ -186,7 +185,7 @@ fn detect(file: &File, size: u64) -> io::Result<&'static BaseFormat> {
     if let Some(found) = by_head {
         return Ok(found);
     }
-    let tail = read_up_to(file, size.saturating_sub(MARK_AREA as u64))?;
+    let tail = read_up_to(image, image.size().saturating_sub(MARK_AREA))?;
     let by_tail = find(&|mark| match mark {
         Mark::Tail(magic) => tail.starts_with(magic),
         Mark::Head(..) => false,
@@ -194,10 +193,38 @@ fn detect(file: &File, size: u64) -> io::Result<&'static BaseFormat> {
     Ok(by_tail.unwrap_or(BaseFormat::of(Format::Raw)))
 }
 
-/// Reads up to 512 bytes from `offset` on; fewer at the end of the file.
-fn read_up_to(file: &File, offset: u64) -> io::Result<Vec<u8>> {
-    let mut buf = vec![0; MARK_AREA];
-    let done = host::read_at(file, &mut buf, offset, Wait::Yes)?;
-    buf.truncate(done);
+/// Reads up to 512 bytes from `offset` on; fewer at the end of the image.
+fn read_up_to(image: &dyn Layer, offset: u64) -> io::Result<Vec<u8>> {
+    let len = image.size().saturating_sub(offset).min(MARK_AREA);
+    let mut buf = vec![0; usize::try_from(len).unwrap_or(0)];
+    layer::read_exact(image, &mut buf, offset)?;
     Ok(buf)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::testing::MemoryLayer;
+
+    #[test]
+    fn a_layer_is_detected_by_its_first_and_last_bytes_however_it_answers() {
+        let tail = |len: usize| [&vec![0; len][..], b"koly", &[0; 508]].concat();
+        for (bytes, format) in [
+            (Vec::new(), Format::Raw),
+            (b"QFI".to_vec(), Format::Raw),
+            (b"QFI\xfb".to_vec(), Format::Qcow2),
+            ([&[0; 64][..], &0xbeda_107f_u32.to_le_bytes()].concat(), Format::Vdi),
+            (tail(0), Format::Dmg),
+            (tail(70_000), Format::Dmg),
+            ([tail(70_000), vec![0]].concat(), Format::Raw),
+        ] {
+            let layer = MemoryLayer::new(bytes).with_delay().with_short_answers(3);
+            assert_eq!(detect(&layer).unwrap().format, format);
+        }
+        let layer = MemoryLayer::new(tail(70_000));
+        layer.set_failure(Some((70_000..70_001, libc::ETIMEDOUT)));
+        let Err(error) = check_format(Path::new("x"), &layer, None) else { panic!("detected") };
+        assert_eq!(error.raw_os_error(), Some(libc::ETIMEDOUT));
+        assert!(check_format(Path::new("x"), &layer, Some(Format::Raw)).unwrap().is_ok());
+    }
 }

@@ -24,6 +24,7 @@ mod error;
 mod file;
 pub mod formats;
 pub mod identity;
+mod image;
 pub mod lock;
 pub mod partitions;
 pub mod qcow2;
@@ -43,6 +44,7 @@ pub use self::file::{BaseFile, WritableBase, open_writable};
 use self::file::{open_base_file, open_located};
 use self::formats::{OpenedImage, check_format};
 use self::identity::Identity;
+pub use self::image::BaseImage;
 use self::view::RangeView;
 use crate::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
 use crate::layer::{Layer, WritableLayer};
@@ -147,14 +149,14 @@ fn open_file(path: &Path, options: &BaseOptions<'_>) -> Result<Base, BaseError> 
     let BaseOptions { part, access, locking, passthrough, direct, .. } = *options;
     let base_file = open_base_file(path, access, locking, passthrough, direct)?;
     let unreadable = |error: io::Error| BaseError::from_io(path, access, error);
-    let format = check_format(path, &base_file, options.format).map_err(unreadable)??;
+    let format = check_format(path, &*base_file.raw, options.format).map_err(unreadable)??;
     if access == BaseAccess::Write && !format.is_plain() {
         return Err(BaseError::ReadOnlyFormat { path: path.to_owned(), format: format.format });
     }
     let real = base_file.real_path.clone();
     let (file, raw) = (Arc::clone(&base_file.file), Arc::clone(&base_file.raw));
     let sector = base_file.sector_size().map_err(unreadable)?;
-    let OpenedImage { layer: whole, needs } = format.open(base_file, options)?;
+    let OpenedImage { layer: whole, needs } = format.open(base_file.into(), options)?;
     if passthrough == Passthrough::On && (!format.is_plain() || sector.is_some()) {
         return Err(BaseError::NoPassthrough(path.to_owned()));
     }

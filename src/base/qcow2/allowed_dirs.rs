@@ -11,26 +11,17 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::AtFlags;
 
-use super::super::{BaseAccess, BaseError, BaseFile, open_located};
-use super::chain_error::ChainError;
+use super::super::{BaseAccess, BaseError, BaseFile, BaseImage, open_located};
+use super::chain_error::{ChainError, FileRole};
 use crate::config::{DirectIo, Locking, Passthrough};
 use crate::confined::PathHandle;
 use crate::trust;
 use crate::trusted_path::{self, open_dir};
 
-/// The use of a file that an image names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum FileRole {
-    /// The backing file, which may also lie below the directory of the first image.
-    Backing,
-    /// The external data file, which may lie only below a directory that the user named.
-    Data,
-}
-
 /// The directories below which the images of a chain may name files.
 pub(super) struct AllowedDirs {
     /// The directory of the first image: backing files may lie there, and below. `None` when the
-    /// image has no path.
+    /// image has no path, or is on a server.
     image_dir: Option<PathBuf>,
     /// The directories that the user named: data files may lie there as well.
     user_dirs: Vec<PathBuf>,
@@ -39,9 +30,10 @@ pub(super) struct AllowedDirs {
 
 impl AllowedDirs {
     /// Creates the list for a chain whose first image is `image`.
-    pub(super) fn for_image(image: &BaseFile, named: &[PathBuf], locking: Locking) -> Self {
-        let dir = image.real_path.parent().unwrap_or(Path::new("/")).to_owned();
-        let image_dir = image.has_real_path.then_some(dir);
+    pub(super) fn for_image(image: &BaseImage, named: &[PathBuf], locking: Locking) -> Self {
+        let file = image.file.as_ref().filter(|file| file.has_real_path);
+        let dir_of = |path: &Path| path.parent().unwrap_or(Path::new("/")).to_owned();
+        let image_dir = file.map(|file| dir_of(&file.real_path));
         let user_dirs = named.iter().filter_map(|dir| trusted_path::real_dir(dir).ok()).collect();
         Self { image_dir, user_dirs, locking }
     }
@@ -50,23 +42,46 @@ impl AllowedDirs {
     /// the directory of the first image that the author of `image` could have read. Whoever can write
     /// an image, or put one into its directory, can name any file there; unless only root and this
     /// user can do that, the backing file must belong to the owner of the image.
-    fn is_backing_allowed(&self, image: &BaseFile, path: &Path, found: &Metadata) -> bool {
+    fn is_backing_allowed(&self, image: &BaseImage, path: &Path, found: &Metadata) -> bool {
+        let Some(image) = &image.file else { return false };
         self.image_dir.as_ref().is_some_and(|dir| path.starts_with(dir))
             && (is_trusted(image)
                 || image.file.metadata().is_ok_and(|image| image.uid() == found.uid()))
     }
 
-    /// Opens the file that `image`, which lies at `path`, names as `name`.
+    /// Checks that `name`, which `image` names, can be that of a file of this host: beside an image
+    /// on a server there are none, and only a full path into a directory that the user named leads
+    /// to one.
+    ///
+    /// # Errors
+    /// [`ChainError::NamedByServer`]; [`ChainError::NotAFileName`].
+    pub(super) fn check_name(
+        &self,
+        image: &BaseImage,
+        name: &str,
+        role: FileRole,
+    ) -> Result<(), ChainError> {
+        let (path, owned_name) = (image.name.clone(), name.to_owned());
+        if image.file.is_none() && (self.user_dirs.is_empty() || !name.starts_with('/')) {
+            return Err(ChainError::NamedByServer { path, name: owned_name, role });
+        }
+        if role == FileRole::Backing && is_protocol(name) {
+            return Err(ChainError::NotAFileName { path, name: owned_name });
+        }
+        Ok(())
+    }
+
+    /// Opens the file that `image` names as `name`, which was checked.
     ///
     /// # Errors
     /// [`ChainError::NotAllowed`]; [`ChainError::NeededFile`] when the file cannot be opened.
     pub(super) fn open(
         &self,
-        image: &BaseFile,
-        path: &Path,
+        image: &BaseImage,
         name: &str,
         role: FileRole,
-    ) -> Result<(PathBuf, BaseFile), ChainError> {
+    ) -> Result<BaseImage, ChainError> {
+        let path = &image.name;
         let needed_error =
             |error| ChainError::NeededFile { path: path.to_owned(), error: Box::new(error) };
         let named = path.parent().unwrap_or(Path::new("/")).join(name);
@@ -85,8 +100,15 @@ impl AllowedDirs {
         let file =
             open_located(&located, &needed, BaseAccess::Read, self.locking, passthrough, direct)
                 .map_err(needed_error)?;
-        Ok((needed, file))
+        // The names in an image are followed from where it was found.
+        Ok(BaseImage { name: needed, ..file.into() })
     }
+}
+
+/// Returns whether QEMU would take `name` for more than the name of a file: `json:`, `nbd:`, `http:`.
+fn is_protocol(name: &str) -> bool {
+    let before = name.split('/').next().unwrap_or_default();
+    before.contains(':')
 }
 
 /// Returns whether only root and this user can have written `image` or put it where it is.

@@ -15,9 +15,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::super::{BaseAccess, BaseError, BaseFile, open_base_file};
-use super::allowed_dirs::{AllowedDirs, FileRole};
-use super::chain_error::{ChainError, MAX_BACKING_FILES};
+use super::super::{BaseAccess, BaseError, BaseImage, open_base_file};
+use super::allowed_dirs::AllowedDirs;
+use super::chain_error::{ChainError, FileRole, MAX_BACKING_FILES};
 use super::header::{BackingRef, DataFile, Qcow2Header};
 use super::l1_map::L1Map;
 use super::tables::TableBudget;
@@ -35,7 +35,7 @@ pub struct BackingChain {
 }
 
 impl BackingChain {
-    /// Returns the files that the chain is read from besides the image itself.
+    /// Returns the files of the host that the chain is read from besides the image itself.
     #[must_use]
     pub fn needs(&self) -> &[(PathBuf, Arc<File>)] {
         &self.needs
@@ -44,34 +44,37 @@ impl BackingChain {
 
 /// One image of a chain that is being opened.
 struct ChainImage {
-    path: PathBuf,
-    file: BaseFile,
+    image: BaseImage,
     /// `None` for a raw image, which ends the chain.
     header: Option<Qcow2Header>,
     /// Which L2 tables it has.
     l2_tables: L1Map,
     /// The data file, if the image does not hold its data itself.
-    data: Option<(PathBuf, BaseFile)>,
+    data: Option<BaseImage>,
 }
 
 /// Opens the qcow2 image `image` and all backing files below it. Backing files must lie below the
-/// directory of `image` or one of `allowed`, data files below one of `allowed`.
+/// directory of `image`, if it is a file of the host, or one of `allowed`; data files below one of
+/// `allowed`.
 ///
 /// # Errors
 /// [`ChainError`].
 pub fn open(
-    image: BaseFile,
+    image: BaseImage,
     allowed: &[PathBuf],
     locking: Locking,
 ) -> Result<BackingChain, ChainError> {
-    let path = image.real_path.clone();
+    let path = image.name.clone();
     let allowed = AllowedDirs::for_image(&image, allowed, locking);
     let mut seen = HashSet::new();
     let mut budget = TableBudget::default();
-    let mut images = vec![ChainImage::read(path.clone(), image, "qcow2", &allowed)?];
+    let mut images = vec![ChainImage::read(image, "qcow2", &allowed)?];
     loop {
         let Some(last) = images.last() else { return Err(ChainError::Loop(path)) };
-        if !seen.insert(last.file.file_id().map_err(|error| last.unreadable(error))?) {
+        // No image names one on a server.
+        if let Some(file) = &last.image.file
+            && !seen.insert(file.file_id().map_err(|error| last.unreadable(error))?)
+        {
             return Err(ChainError::Loop(path));
         }
         last.charge_tables(&mut budget)?;
@@ -84,8 +87,10 @@ pub fn open(
         let next = last.open_backing(&backing, &allowed)?;
         images.push(next);
     }
-    let size = images.first().and_then(|top| top.header.as_ref()).map_or(0, |top| top.size);
-    let needs = images.iter().flat_map(ChainImage::files).skip(1).collect();
+    let top = images.first();
+    let size = top.and_then(|top| top.header.as_ref()).map_or(0, |header| header.size);
+    let own = usize::from(top.is_some_and(|top| top.image.file.is_some()));
+    let needs = images.iter().flat_map(ChainImage::files).skip(own).collect();
     let cluster_cache = ClusterCache::new();
     let build = |image: ChainImage| image.into_layer(&budget, &cluster_cache);
     let layers = images.into_iter().map(build).collect::<Result<_, _>>()?;
@@ -107,9 +112,9 @@ pub struct TopImage {
 pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError> {
     let image =
         open_base_file(path, BaseAccess::Read, Locking::Qemu, Passthrough::Off, DirectIo::Off)?;
-    let real_path = image.real_path.clone();
+    let image = image.into();
     let allowed = AllowedDirs::for_image(&image, allowed, Locking::Qemu);
-    let top = ChainImage::read(real_path, image, "qcow2", &allowed)?;
+    let top = ChainImage::read(image, "qcow2", &allowed)?;
     let mut budget = TableBudget::default();
     top.charge_tables(&mut budget)?;
     let backing = match top.header.as_ref().and_then(|header| header.backing.clone()) {
@@ -117,7 +122,7 @@ pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError>
         Some(backing) => {
             let below = top.open_backing(&backing, &allowed)?;
             let format = if below.header.is_some() { Format::Qcow2 } else { Format::Raw };
-            Some((below.path, format))
+            Some((below.image.name, format))
         }
     };
     Ok(TopImage { image: top.into_layer(&budget, &ClusterCache::new())?, backing })
@@ -125,27 +130,23 @@ pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError>
 
 impl ChainImage {
     /// Reads and checks the header of an image of the given format.
-    fn read(
-        path: PathBuf,
-        file: BaseFile,
-        format: &str,
-        allowed: &AllowedDirs,
-    ) -> Result<Self, ChainError> {
+    fn read(image: BaseImage, format: &str, allowed: &AllowedDirs) -> Result<Self, ChainError> {
         if format == "raw" {
             let l2_tables = L1Map::default();
-            return Ok(Self { path, file, header: None, l2_tables, data: None });
+            return Ok(Self { image, header: None, l2_tables, data: None });
         }
-        let header_error = |error| ChainError::Header { path: path.clone(), error };
-        let header = Qcow2Header::read(&file.file, file.size).map_err(header_error)?;
-        let l2_tables = header.check_l1(&file.file, file.size).map_err(header_error)?;
+        let header_error = |error| ChainError::Header { path: image.name.clone(), error };
+        let header = Qcow2Header::read(&*image.layer).map_err(header_error)?;
+        let l2_tables = header.check_l1(&*image.layer).map_err(header_error)?;
         let data = match &header.data_file {
             DataFile::Inside => None,
-            DataFile::External(None) => return Err(ChainError::NoDataFile(path)),
+            DataFile::External(None) => return Err(ChainError::NoDataFile(image.name)),
             DataFile::External(Some(name)) => {
-                Some(allowed.open(&file, &path, name, FileRole::Data)?)
+                allowed.check_name(&image, name, FileRole::Data)?;
+                Some(allowed.open(&image, name, FileRole::Data)?)
             }
         };
-        Ok(Self { path, file, header: Some(header), l2_tables, data })
+        Ok(Self { image, header: Some(header), l2_tables, data })
     }
 
     /// Opens the backing file `backing` of this image.
@@ -154,10 +155,8 @@ impl ChainImage {
         backing: &BackingRef,
         allowed: &AllowedDirs,
     ) -> Result<Self, ChainError> {
-        let (path, name) = (self.path.clone(), backing.name.clone());
-        if is_protocol(&name) {
-            return Err(ChainError::NotAFileName { path, name });
-        }
+        allowed.check_name(&self.image, &backing.name, FileRole::Backing)?;
+        let (path, name) = (self.image.name.clone(), backing.name.clone());
         let format = match backing.format.as_deref() {
             None => return Err(ChainError::NoFormat { path, name }),
             Some(format @ ("raw" | "qcow2")) => format,
@@ -169,24 +168,25 @@ impl ChainImage {
                 });
             }
         };
-        let (needed, file) = allowed.open(&self.file, &path, &name, FileRole::Backing)?;
-        Self::read(needed, file, format, allowed)
+        let image = allowed.open(&self.image, &name, FileRole::Backing)?;
+        Self::read(image, format, allowed)
     }
 
-    /// Returns the files that this image is read from, the image first.
+    /// Returns the files of the host that this image is read from, the image first.
     fn files(&self) -> impl Iterator<Item = (PathBuf, Arc<File>)> {
-        let data = self.data.iter().map(|(path, data)| (path.clone(), Arc::clone(&data.file)));
-        std::iter::once((self.path.clone(), Arc::clone(&self.file.file))).chain(data)
+        std::iter::once(&self.image).chain(&self.data).filter_map(BaseImage::host_file)
     }
 
     fn unreadable(&self, error: io::Error) -> ChainError {
-        ChainError::Header { path: self.path.clone(), error: error.into() }
+        ChainError::Header { path: self.image.name.clone(), error: error.into() }
     }
 
     /// Charges the memory of the image's tables to `budget`.
     fn charge_tables(&self, budget: &mut TableBudget) -> Result<(), ChainError> {
         match &self.header {
-            Some(header) if !budget.charge(header) => Err(ChainError::TooLarge(self.path.clone())),
+            Some(header) if !budget.charge(header) => {
+                Err(ChainError::TooLarge(self.image.name.clone()))
+            }
             _ => Ok(()),
         }
     }
@@ -197,26 +197,13 @@ impl ChainImage {
         budget: &TableBudget,
         cluster_cache: &Arc<ClusterCache>,
     ) -> Result<Arc<dyn Layer>, ChainError> {
-        let Some(header) = &self.header else { return Ok(self.file.raw) };
-        let data = self.data.as_ref().map_or(&self.file, |(_, data)| data);
-        let (own, data) = (Arc::clone(&self.file.raw), Arc::clone(&data.raw));
-        let image = Qcow2Layer::new(
-            Arc::clone(&self.file.file),
-            own,
-            data,
-            header,
-            self.l2_tables.clone(),
-            budget,
-            Arc::clone(cluster_cache),
-        );
-        Ok(Arc::new(image.map_err(|error| self.unreadable(error))?))
+        let own = Arc::clone(&self.image.layer);
+        let Some(header) = &self.header else { return Ok(own) };
+        let data = Arc::clone(&self.data.as_ref().unwrap_or(&self.image).layer);
+        let (tables, cache) = (self.l2_tables.clone(), Arc::clone(cluster_cache));
+        let layer = Qcow2Layer::new(own, data, header, tables, budget, cache);
+        Ok(Arc::new(layer.map_err(|error| self.unreadable(error))?))
     }
-}
-
-/// Returns whether QEMU would take `name` for more than the name of a file: `json:`, `nbd:`, `http:`.
-fn is_protocol(name: &str) -> bool {
-    let before = name.split('/').next().unwrap_or_default();
-    before.contains(':')
 }
 
 impl Layer for BackingChain {

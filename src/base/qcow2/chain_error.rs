@@ -1,5 +1,6 @@
 //! The error of opening a chain of qcow2 images.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::super::BaseError;
@@ -8,6 +9,24 @@ use super::tables::MAX_TABLE_BYTES;
 
 /// The most images of a chain.
 pub(super) const MAX_BACKING_FILES: usize = 256;
+
+/// The use of a file that an image names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileRole {
+    /// The backing file, which may also lie below the directory of the first image.
+    Backing,
+    /// The external data file, which may lie only below a directory that the user named.
+    Data,
+}
+
+impl fmt::Display for FileRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Backing => "backing file",
+            Self::Data => "data file",
+        })
+    }
+}
 
 /// The reason why a chain is not opened; one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +49,19 @@ pub enum ChainError {
         path: PathBuf,
         /// The recorded name.
         name: String,
+    },
+    /// An image on a server names a file, and there are none beside it.
+    #[error(
+        "'{}' is on a server and names '{name}' as its {role}, which is not followed: make one image of the two with qemu-img convert -O qcow2{}",
+        path.display(), local_remedy(name)
+    )]
+    NamedByServer {
+        /// The image.
+        path: PathBuf,
+        /// The recorded name.
+        name: String,
+        /// The use of the named file.
+        role: FileRole,
     },
     /// The image does not record the format of its backing file, as images of old versions of QEMU.
     #[error(
@@ -86,4 +118,15 @@ pub enum ChainError {
         /// The reason.
         error: Box<BaseError>,
     },
+}
+
+/// Returns what also helps if `name` is the path of a file of this host, as the end of a line.
+fn local_remedy(name: &str) -> String {
+    match Path::new(name).parent() {
+        Some(dir) if name.starts_with('/') => format!(
+            ", or add --allow-backing {} if it is a file of this host and you trust the image",
+            dir.display()
+        ),
+        _ => String::new(),
+    }
 }

@@ -1,13 +1,13 @@
-//! The header of a qcow2 file, parsed and checked before any other part is used.
+//! The header of a qcow2 image, parsed and checked before any other part is used.
 //!
 //! The header may come from an attacker, so every field that sizes a buffer, opens a file or refers
 //! to another place of the image is checked here, against the format (`docs/interop/qcow2.rst` of
-//! QEMU) and against the file's size. A header that passes needs little memory and refers to
-//! nothing outside the file.
+//! QEMU) and against the image's size in bytes. A header that passes needs little memory and refers
+//! to nothing outside the image.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+
+use crate::layer::{self, Layer};
 
 use super::l1_map::L1Map;
 
@@ -93,14 +93,15 @@ pub struct BackingRef {
 }
 
 impl Qcow2Header {
-    /// Reads and checks the header of `file`, which has `file_size` bytes.
+    /// Reads and checks the header of the image whose bytes `image` reads.
     ///
     /// # Errors
     /// [`HeaderError`] for a header that is damaged or not supported.
-    pub fn read(file: &File, file_size: u64) -> Result<Self, HeaderError> {
+    pub fn read(image: &dyn Layer) -> Result<Self, HeaderError> {
+        let image_size = image.size();
         // The header and its extensions end within the first cluster; those QEMU writes are short.
-        let mut head = vec![0; usize::try_from(file_size.min(64 << 10)).unwrap_or(0)];
-        file.read_exact_at(&mut head, 0)?;
+        let mut head = vec![0; usize::try_from(image_size.min(64 << 10)).unwrap_or(0)];
+        layer::read_exact(image, &mut head, 0)?;
         let fields = HeaderBytes(&head);
         if head.len() < V2_LEN || !head.starts_with(MAGIC) {
             return damaged("it has no header");
@@ -122,7 +123,7 @@ impl Qcow2Header {
         check_features(features)?;
         let cluster = 1 << cluster_bits;
         let size = fields.u64(24)?;
-        let l1 = l1_range(&fields, size, cluster_bits, file_size)?;
+        let l1 = l1_range(&fields, size, cluster_bits, image_size)?;
         let l1_len = u64::from(fields.u32(36)?) * 8;
         let header_len = if version == 3 { fields.u32(100)? as usize } else { V2_LEN };
         if version == 3 && (header_len < V3_LEN || header_len as u64 > cluster) {
@@ -151,19 +152,20 @@ impl Qcow2Header {
         self.cluster_size * (self.cluster_size / 8)
     }
 
-    /// Checks that all L2 tables lie inside `file` and do not overlap the header or the L1 table, and
+    /// Checks that all L2 tables lie inside `image` and do not overlap the header or the L1 table, and
     /// returns which there are.
     ///
     /// # Errors
     /// [`HeaderError`] for an L2 table elsewhere.
-    pub(super) fn check_l1(&self, file: &File, file_size: u64) -> Result<L1Map, HeaderError> {
+    pub(super) fn check_l1(&self, image: &dyn Layer) -> Result<L1Map, HeaderError> {
+        let image_size = image.size();
         let mut tables = L1Map::new(self.bytes_per_l2());
         let mut buf = vec![0; 1 << 16];
         let mut at = self.l1.start;
         while at < self.l1.end {
             let left = usize::try_from(self.l1.end - at).unwrap_or(usize::MAX);
             let piece = buf.len().min(left);
-            file.read_exact_at(&mut buf[..piece], at)?;
+            layer::read_exact(image, &mut buf[..piece], at)?;
             let first = (at - self.l1.start) / 8;
             for (index, entry) in (first..).zip(buf[..piece].as_chunks().0) {
                 let offset = u64::from_be_bytes(*entry) & L1_OFFSET;
@@ -173,7 +175,7 @@ impl Qcow2Header {
                 let end = offset + self.cluster_size;
                 let is_over =
                     offset < self.cluster_size || (offset < self.l1.end && end > self.l1.start);
-                if !offset.is_multiple_of(self.cluster_size) || is_over || end > file_size {
+                if !offset.is_multiple_of(self.cluster_size) || is_over || end > image_size {
                     return damaged(format!("an L2 table at {offset}"));
                 }
                 tables.add(index);
@@ -215,7 +217,7 @@ fn l1_range(
     fields: &HeaderBytes<'_>,
     size: u64,
     cluster_bits: u32,
-    file_size: u64,
+    image_size: u64,
 ) -> Result<std::ops::Range<u64>, HeaderError> {
     let (entries, start) = (u64::from(fields.u32(36)?), fields.u64(40)?);
     let mapped_by_one = 1_u64 << (cluster_bits + cluster_bits - 3);
@@ -228,7 +230,7 @@ fn l1_range(
     }
     let end = start.checked_add(entries * 8);
     match end {
-        Some(end) if end <= file_size && start.is_multiple_of(1 << cluster_bits) => {
+        Some(end) if end <= image_size && start.is_multiple_of(1 << cluster_bits) => {
             if start == 0 && entries > 0 {
                 return damaged("its L1 table lies over its header");
             }
@@ -315,11 +317,10 @@ impl<'a> HeaderBytes<'a> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use proptest::prelude::*;
 
     use super::*;
+    use crate::layer::testing::MemoryLayer;
 
     /// Creates a valid image of 64 MiB with one L2 table, a backing file and its format.
     fn sample() -> Vec<u8> {
@@ -343,10 +344,9 @@ mod tests {
     }
 
     fn read(image: &[u8]) -> Result<Qcow2Header, HeaderError> {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(image).unwrap();
-        let header = Qcow2Header::read(&file, image.len() as u64)?;
-        header.check_l1(&file, image.len() as u64).map(|_| header)
+        let image = MemoryLayer::new(image.to_vec());
+        let header = Qcow2Header::read(&image)?;
+        header.check_l1(&image).map(|_| header)
     }
 
     #[test]

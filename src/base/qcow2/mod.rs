@@ -5,12 +5,14 @@
 //!     │               │           l1_map.rs     what no table maps, in one step
 //!     │               │           run_cache.rs  the mapping of the image, cached as runs
 //!     │               └────────── tables.rs     imago reads the tables and inflates clusters,
-//!     │                                         within a budget
+//!     │                                         within a budget; storage.rs gives it the bytes
 //!     └───── Qcow2Layer, or RawBase for a raw image
 //! ```
 //!
-//! Uncompressed bytes do not go through the library: they are read from the file as those of a raw
-//! base are. `chain.rs` opens the images, each by its recorded format and only below the directories
+//! An image is read through the [`Layer`] that has its bytes: a file of the host, or an image on a
+//! server. Uncompressed bytes do not go through the library: they are read as those of a raw base
+//! are, and where the layer below answers `EAGAIN`, so does this one, at once. What needs the tables
+//! is `EAGAIN` under [`Wait::No`]. `chain.rs` opens the images, each by its recorded format and only below the directories
 //! that `allowed_dirs.rs` accepts.
 
 mod allowed_dirs;
@@ -20,21 +22,22 @@ mod cluster_cache;
 mod header;
 mod l1_map;
 mod run_cache;
+mod storage;
 mod tables;
+#[cfg(test)]
+mod tests;
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
 pub use self::chain::{BackingChain, TopImage, open, open_top};
-pub use self::chain_error::ChainError;
+pub use self::chain_error::{ChainError, FileRole};
 use self::cluster_cache::ClusterCache;
 pub use self::header::{DataFile, HeaderError, Qcow2Header};
 use self::l1_map::L1Map;
 use self::run_cache::{MappedRun, RunCache, RunMapping};
 use self::tables::{ImageTables, TableBudget};
-use super::raw::RawBase;
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::layer::{CopyFn, Layer, Wait};
@@ -42,10 +45,8 @@ use crate::layer::{CopyFn, Layer, Wait};
 /// An image of a chain.
 pub struct Qcow2Layer {
     tables: ImageTables,
-    /// The image itself, kept for its locks.
-    _image: Arc<RawBase>,
-    /// The file that holds the data: the image itself, or its data file.
-    data: Arc<RawBase>,
+    /// What holds the data: the image itself, or its data file.
+    data: Arc<dyn Layer>,
     size: u64,
     cluster_size: u64,
     l2_tables: L1Map,
@@ -56,23 +57,21 @@ pub struct Qcow2Layer {
 }
 
 impl Qcow2Layer {
-    /// Reads the tables of the image `own`, which is also open as `file` and whose `header` has
-    /// been checked and has the L2 tables `l2_tables`; `data` is the file that holds its bytes.
+    /// Reads the tables of `image`, whose `header` has been checked and has the L2 tables `l2_tables`;
+    /// `data` holds its bytes.
     ///
     /// # Errors
-    /// The host's errno; `InvalidData` for damaged tables.
+    /// The errno of the image; `InvalidData` for damaged tables.
     fn new(
-        file: Arc<File>,
-        own: Arc<RawBase>,
-        data: Arc<RawBase>,
+        image: Arc<dyn Layer>,
+        data: Arc<dyn Layer>,
         header: &Qcow2Header,
         l2_tables: L1Map,
         budget: &TableBudget,
         inflated: Arc<ClusterCache>,
     ) -> io::Result<Self> {
         Ok(Self {
-            tables: ImageTables::open(file, header, budget)?,
-            _image: own,
+            tables: ImageTables::open(image, header, budget)?,
             data,
             size: header.size,
             cluster_size: header.cluster_size,
@@ -166,7 +165,7 @@ impl Qcow2Layer {
     }
 }
 
-/// Logs an error of the library and reduces it to the host's errno, or `EIO`.
+/// Logs an error of the library and reduces it to the errno of the image, or `EIO`.
 fn read_error(error: &io::Error) -> io::Error {
     log::warn!("a qcow2 base cannot be read: {error}");
     os_error(error.raw_os_error().unwrap_or(libc::EIO))

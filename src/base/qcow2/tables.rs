@@ -7,23 +7,24 @@
 //! tables, and an image that has filled its share drops all of them.
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use imago::ShallowMapping;
 use imago::format::drivers::FormatDriverInstance;
-use imago::{ShallowMapping, StorageOpenOptions};
 use parking_lot::{Mutex, RwLock};
 
 use super::header::{DataFile, HeaderError, Qcow2Header};
 use super::run_cache::RunMapping;
+use super::storage::LayerStorage;
+use crate::layer::Layer;
 
 /// The most bytes of tables that a chain may need at once, and the space for further tables shared
 /// by its images: 128 MiB each. The largest possible L1 table has 32 MiB; 256 images of 1 TiB in
 /// clusters of 64 KiB need 20 MiB.
 pub(super) const MAX_TABLE_BYTES: u64 = 128 << 20;
 
-type Qcow2 = imago::qcow2::Qcow2<imago::file::File>;
+type Qcow2 = imago::qcow2::Qcow2<LayerStorage>;
 
 /// The memory that the tables of a chain need, in bytes, and the number of images.
 #[derive(Debug, Default)]
@@ -48,7 +49,7 @@ impl TableBudget {
 
 /// The tables of one image.
 pub(super) struct ImageTables {
-    file: Arc<File>,
+    image: Arc<dyn Layer>,
     header: Qcow2Header,
     qcow2: RwLock<Qcow2>,
     /// The L2 tables loaded since they were last dropped, by the index of the range they map.
@@ -58,19 +59,19 @@ pub(super) struct ImageTables {
 }
 
 impl ImageTables {
-    /// Reads the tables of `file`, whose `header` has been checked.
+    /// Reads the tables of `image`, whose `header` has been checked.
     ///
     /// # Errors
-    /// The host's errno; `InvalidData` for damaged tables.
+    /// The errno of the image; `InvalidData` for damaged tables.
     pub(super) fn open(
-        file: Arc<File>,
+        image: Arc<dyn Layer>,
         header: &Qcow2Header,
         budget: &TableBudget,
     ) -> io::Result<Self> {
         let most = MAX_TABLE_BYTES / budget.images() / header.cluster_size;
         Ok(Self {
-            qcow2: RwLock::new(open_imago(&file, header)?),
-            file,
+            qcow2: RwLock::new(open_imago(&image, header)?),
+            image,
             header: header.clone(),
             loaded_l2: Mutex::default(),
             max_loaded_l2: usize::try_from(most).unwrap_or(usize::MAX).max(1),
@@ -81,7 +82,7 @@ impl ImageTables {
     /// prefix.
     ///
     /// # Errors
-    /// The host's errno; `InvalidData` for damaged tables.
+    /// The errno of the image; `InvalidData` for damaged tables.
     pub(super) fn mapping(&self, at: u64, len: u64) -> io::Result<(RunMapping, u64)> {
         self.evict_l2(at)?;
         let qcow2 = self.qcow2.read();
@@ -116,7 +117,7 @@ impl ImageTables {
     /// Fills `buf` with the contents of the compressed cluster at `start`.
     ///
     /// # Errors
-    /// The host's errno; `InvalidData` for a damaged cluster.
+    /// The errno of the image; `InvalidData` for a damaged cluster.
     pub(super) fn inflate(&self, buf: &mut [u8], start: u64) -> io::Result<()> {
         self.evict_l2(start)?;
         self.qcow2.read().readv_special(buf.into(), start)
@@ -131,30 +132,28 @@ impl ImageTables {
             return Ok(());
         }
         // Reopening the image drops them; its header must still be the one that was checked.
-        let size = self.file.metadata()?.len();
         let wrong = |error: HeaderError| match error {
             HeaderError::Io(error) => error,
             error => io::Error::new(io::ErrorKind::InvalidData, error.to_string()),
         };
-        // A device has no length of its own.
-        if size > 0 && Qcow2Header::read(&self.file, size).map_err(wrong)? != self.header {
+        if Qcow2Header::read(&*self.image).map_err(wrong)? != self.header {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "its header has changed"));
         }
-        *self.qcow2.write() = open_imago(&self.file, &self.header)?;
+        *self.qcow2.write() = open_imago(&self.image, &self.header)?;
         held.clear();
         held.insert(table);
         Ok(())
     }
 }
 
-fn open_imago(file: &File, header: &Qcow2Header) -> io::Result<Qcow2> {
-    let as_storage = |file| imago::file::File::from_open_file(file, StorageOpenOptions::new());
+fn open_imago(image: &Arc<dyn Layer>, header: &Qcow2Header) -> io::Result<Qcow2> {
+    let storage = || LayerStorage::new(Arc::clone(image));
     let external = match header.data_file {
         // Only the tables are read through this storage.
-        DataFile::External(_) => Some(as_storage(file.try_clone()?)?),
+        DataFile::External(_) => Some(storage()),
         DataFile::Inside => None,
     };
-    let mut qcow2 = Qcow2::open_image(as_storage(file.try_clone()?)?, false)?;
+    let mut qcow2 = Qcow2::open_image(storage(), false)?;
     qcow2.set_data_file(external);
     qcow2.set_backing(None);
     Ok(qcow2)
@@ -162,10 +161,12 @@ fn open_imago(file: &File, header: &Qcow2Header) -> io::Result<Qcow2> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::os::unix::fs::FileExt;
     use std::process::Command;
 
     use super::*;
+    use crate::base::raw::{HostKind, RawBase};
 
     #[test]
     fn l2_tables_beyond_the_share_are_dropped_and_read_again() {
@@ -180,10 +181,13 @@ mod tests {
             run("qemu-io", &["-c", &format!("write -P {} {}K 2K", table + 1, table * 32), path]);
         }
         let file = Arc::new(File::options().read(true).write(true).open(path).unwrap());
-        let header = Qcow2Header::read(&file, file.metadata().unwrap().len()).unwrap();
+        let size = file.metadata().unwrap().len();
+        let raw = RawBase::new(Arc::clone(&file), HostKind::File, size).unwrap();
+        let image: Arc<dyn Layer> = Arc::new(raw);
+        let header = Qcow2Header::read(&*image).unwrap();
         assert_eq!(header.bytes_per_l2(), 32 << 10);
         let open = |images| {
-            ImageTables::open(Arc::clone(&file), &header, &TableBudget { needed: 0, images })
+            ImageTables::open(Arc::clone(&image), &header, &TableBudget { needed: 0, images })
                 .unwrap()
         };
         let (all, few) = (open(1), open(MAX_TABLE_BYTES / 512 / 2));
