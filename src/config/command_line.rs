@@ -14,7 +14,7 @@ use super::stream::Programs;
 
 /// The reason why a command line cannot be split.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum CommandLineError {
+pub(crate) enum CommandLineError {
     /// The line needs a shell.
     NeedsShell,
     /// A quote or a backslash is unterminated.
@@ -59,7 +59,7 @@ impl WordSplitter {
 }
 
 /// Splits `line` into words at unquoted blanks, and into programs at unquoted `|`.
-pub(super) fn split_command(line: &OsStr) -> Result<Programs, CommandLineError> {
+pub(crate) fn split_command(line: &OsStr) -> Result<Programs, CommandLineError> {
     let mut splitter = WordSplitter::default();
     let mut bytes = line.as_bytes().iter().copied();
     while let Some(byte) = bytes.next() {

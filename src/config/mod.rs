@@ -35,6 +35,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use command_line::{CommandLineError, split_command};
 pub use disk_parser::{check_cache, check_names, parse_disk};
 pub use error::SpecError;
 pub use options::{MountOptions, parse_mount_options};

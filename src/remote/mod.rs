@@ -9,6 +9,7 @@
 //! ```
 
 mod cache;
+mod nbd;
 mod plan;
 mod transport;
 

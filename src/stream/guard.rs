@@ -42,20 +42,20 @@ pub fn enable_guards() {
 }
 
 /// Returns the program to start guards from.
-pub(super) fn program() -> Option<&'static Path> {
+pub(crate) fn program() -> Option<&'static Path> {
     GUARD_PROGRAM.get().map(PathBuf::as_path)
 }
 
 /// A running guard. Dropping it kills the guard and leaves the guarded process group alone.
 #[derive(Debug)]
-pub(super) struct GuardProcess {
+pub(crate) struct GuardProcess {
     child: Child,
     control: Option<OwnedFd>,
 }
 
 impl GuardProcess {
     /// Starts `program` as the guard of the process group `group`; the guard holds `data` open.
-    pub(super) fn start(program: &Path, group: Pid, data: OwnedFd) -> io::Result<Self> {
+    pub(crate) fn start(program: &Path, group: Pid, data: OwnedFd) -> io::Result<Self> {
         let (reader, control) = pipe_with(PipeFlags::CLOEXEC)?;
         let child = Command::new(program)
             .arg0("cowslip")

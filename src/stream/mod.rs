@@ -32,7 +32,7 @@ mod segments;
 pub mod sink;
 pub mod source;
 mod spill;
-mod stderr;
+pub(crate) mod stderr;
 mod stdio;
 pub mod stop;
 pub mod window;

@@ -1,4 +1,4 @@
-//! The tail of what a pipeline of programs writes to stderr.
+//! The tail of what programs write to stderr.
 
 use std::collections::VecDeque;
 use std::io;
@@ -24,10 +24,10 @@ const MAX_LINE_CHARS: usize = 300;
 /// never stops writing must not block the caller.
 const MAX_READS: usize = 16;
 
-/// The stderr of a pipeline. A thread drains the pipe, so that the programs never wait for us;
+/// The stderr of a pipeline, or of another program. A thread drains the pipe, so that the programs never wait for us;
 /// dropping this value joins the thread, even while other processes hold the other end.
 #[derive(Debug)]
-pub(super) struct StderrTail {
+pub(crate) struct StderrTail {
     shared: Arc<StderrPipe>,
     stop: Stop,
     reader: Option<JoinHandle<()>>,
@@ -41,7 +41,7 @@ struct StderrPipe {
 
 impl StderrTail {
     /// Creates a pipe; returns it and the write end for the programs.
-    pub(super) fn new() -> io::Result<(Self, OwnedFd)> {
+    pub(crate) fn new() -> io::Result<(Self, OwnedFd)> {
         let (fd, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
         let fd = fifo::set_nonblocking(fd)?;
         let shared =
@@ -56,7 +56,7 @@ impl StderrTail {
 
     /// Returns the last non-empty line, with control characters escaped. The content of the pipe is
     /// read first, so after a program has ended, all its output has been seen.
-    pub(super) fn last_line(&self) -> Option<String> {
+    pub(crate) fn last_line(&self) -> Option<String> {
         let mut tail = self.shared.tail.lock();
         for _ in 0..MAX_READS {
             if !matches!(self.shared.read_once(&mut tail), Ok(1..)) {

@@ -1,0 +1,535 @@
+//! Replies of the transmission phase, as a state machine (doc/proto.md, "Transmission").
+//!
+//! ```text
+//!                 ┌──────────────────────── the message is complete ─────────────────────────┐
+//!                 ▼                                                                          │
+//!   bytes ──▶ Header ──▶ Prefix ──▶ Data (into the read's buffer) | Status | Skip ───────────┘
+//! ```
+//!
+//! A message that makes no sense ends the connection, because nobody knows where the next one begins.
+//! A reply whose messages are sound but that does not bring every byte of a read fails that read only.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use thiserror::Error;
+
+use super::Headers;
+use super::coverage::{Coverage, CoverageError};
+use super::handshake::text_of;
+use super::status::StatusBuilder;
+use super::wire::{
+    EXTENDED_REPLY_MAGIC, Fields, MAX_DESCRIPTORS, REPLY_BLOCK_STATUS, REPLY_BLOCK_STATUS_EXT,
+    REPLY_ERROR_BIT, REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA, REPLY_OFFSET_HOLE,
+    SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, errno_of,
+};
+use crate::extents::Extent;
+
+/// The longest message of an error: its length has 16 bits, and an offset may follow.
+const MAX_ERROR: u64 = 6 + 65_535 + 8;
+
+/// A reply that makes no sense.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub(crate) enum ReplyError {
+    #[error("the server broke the protocol: a reply has another magic number")]
+    Magic,
+    #[error("the server broke the protocol: it answers a request that was not sent")]
+    UnknownCookie,
+    #[error("the server broke the protocol: the type of a reply does not fit its request")]
+    Type,
+    #[error("the server broke the protocol: the length of a reply does not fit its type")]
+    Length,
+    #[error("the server broke the protocol: it sent bytes outside the range of a read")]
+    Outside,
+    #[error("the server broke the protocol: it sent bytes of a read twice")]
+    Overlap,
+    #[error("the server broke the protocol: it sent a read in too many pieces")]
+    TooManyPieces,
+    #[error("the server broke the protocol: it described a range in more than 2^20 extents")]
+    TooManyExtents,
+}
+
+/// What a request is to bring.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Expected {
+    /// The bytes of a range; its length fits the memory.
+    Bytes(Range<u64>),
+    /// The extents of a range.
+    Extents(Range<u64>),
+    /// No more than success.
+    Done,
+}
+
+/// What a request has brought.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// All bytes of the range.
+    Bytes(Vec<u8>),
+    /// Extents of a prefix of the range, without gaps; at least one.
+    Extents(Vec<Extent>),
+    /// Success.
+    Done,
+}
+
+/// The failure of one request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Failure {
+    /// The errno.
+    pub(crate) errno: i32,
+    /// What the server said, or what is wrong with its reply; may be empty.
+    pub(crate) text: String,
+}
+
+/// A request that is answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Event {
+    /// The request.
+    pub(crate) cookie: u64,
+    /// Its result.
+    pub(crate) result: Result<Answer, Failure>,
+}
+
+/// A request that is not answered yet.
+#[derive(Debug)]
+struct Pending {
+    content: Content,
+    failure: Option<Failure>,
+}
+
+#[derive(Debug)]
+enum Content {
+    Bytes { range: Range<u64>, buf: Vec<u8>, covered: Coverage },
+    Extents { range: Range<u64>, builder: Option<StatusBuilder> },
+    Done,
+}
+
+/// A chunk whose payload is being read. A simple reply counts as a chunk of its own kind.
+#[derive(Debug)]
+struct Chunk {
+    cookie: u64,
+    kind: u16,
+    is_last: bool,
+    /// Bytes of payload that have not come.
+    left: u64,
+    pending: Pending,
+}
+
+#[derive(Debug)]
+enum State {
+    /// The header, in `scratch`.
+    Header,
+    /// The first `need` bytes of the payload, in `scratch`.
+    Prefix { chunk: Chunk, need: usize },
+    /// Bytes of a read; the next one goes to `at` of its buffer.
+    Data { chunk: Chunk, at: usize },
+    /// Descriptors, each in `scratch` first.
+    Status { chunk: Chunk },
+    /// A payload that nobody asked for.
+    Skip { chunk: Chunk },
+}
+
+/// The replies of one connection.
+#[derive(Debug)]
+pub(crate) struct Replies {
+    headers: Headers,
+    allocation: Option<u32>,
+    pending: HashMap<u64, Pending>,
+    state: State,
+    scratch: Vec<u8>,
+}
+
+impl Replies {
+    /// Begins a connection on which `headers` and the context `allocation` were agreed on.
+    pub(crate) fn new(headers: Headers, allocation: Option<u32>) -> Self {
+        let (pending, scratch) = (HashMap::new(), Vec::with_capacity(64));
+        Self { headers, allocation, pending, state: State::Header, scratch }
+    }
+
+    /// Announces a request, before its reply is fed. Cookies are used once.
+    pub(crate) fn expect(&mut self, cookie: u64, expected: Expected) {
+        let content = match expected {
+            Expected::Bytes(range) => {
+                Content::Bytes { range, buf: Vec::new(), covered: Coverage::default() }
+            }
+            Expected::Extents(range) => Content::Extents { range, builder: None },
+            Expected::Done => Content::Done,
+        };
+        self.pending.insert(cookie, Pending { content, failure: None });
+    }
+
+    /// Returns where the next bytes of the server go when they are bytes of a read; empty otherwise.
+    /// After some were put there, [`advance`](Self::advance) says how many.
+    pub(crate) fn direct(&mut self) -> &mut [u8] {
+        let State::Data { chunk, at } = &mut self.state else { return &mut [] };
+        let Content::Bytes { buf, .. } = &mut chunk.pending.content else { return &mut [] };
+        let end = at.saturating_add(usize::try_from(chunk.left).unwrap_or(usize::MAX));
+        buf.get_mut(*at..end).unwrap_or_default()
+    }
+
+    /// Counts `len` bytes, at most the length of [`direct`](Self::direct), that were put there.
+    pub(crate) fn advance(&mut self, len: usize, events: &mut Vec<Event>) -> Result<(), ReplyError> {
+        if let State::Data { chunk, at } = &mut self.state {
+            *at += len;
+            chunk.left = chunk.left.saturating_sub(len as u64);
+            self.end_payload(events)?;
+        }
+        Ok(())
+    }
+
+    /// Takes bytes of the server, in pieces of any length, and adds what is answered to `events`.
+    pub(crate) fn feed(
+        &mut self,
+        mut bytes: &[u8],
+        events: &mut Vec<Event>,
+    ) -> Result<(), ReplyError> {
+        while !bytes.is_empty() {
+            let place = self.direct();
+            if !place.is_empty() {
+                let len = place.len().min(bytes.len());
+                let (now, rest) = bytes.split_at(len);
+                place[..len].copy_from_slice(now);
+                bytes = rest;
+                self.advance(len, events)?;
+                continue;
+            }
+            let want = self.wanted();
+            let (now, rest) = bytes.split_at(want.min(bytes.len()));
+            bytes = rest;
+            self.take_small(now, want, events)?;
+        }
+        Ok(())
+    }
+
+    /// Returns how many bytes make the next step possible; never 0, and never bytes of a read.
+    fn wanted(&self) -> usize {
+        let have = self.scratch.len();
+        match &self.state {
+            State::Header if have < 4 => 4 - have,
+            State::Header => self.header_len().saturating_sub(have),
+            State::Prefix { need, .. } => need.saturating_sub(have),
+            State::Status { chunk } => descriptor_len(chunk.kind).saturating_sub(have),
+            State::Skip { chunk } => usize::try_from(chunk.left).unwrap_or(usize::MAX),
+            State::Data { .. } => 0,
+        }
+        .max(1)
+    }
+
+    /// Takes `bytes`, of the `want` that the state needs.
+    fn take_small(
+        &mut self,
+        bytes: &[u8],
+        want: usize,
+        events: &mut Vec<Event>,
+    ) -> Result<(), ReplyError> {
+        match &mut self.state {
+            State::Header => {}
+            State::Prefix { chunk, .. } | State::Status { chunk } | State::Skip { chunk } => {
+                chunk.left = chunk.left.saturating_sub(bytes.len() as u64);
+            }
+            State::Data { .. } => return Ok(()),
+        }
+        if matches!(self.state, State::Skip { .. }) {
+            return self.end_payload(events);
+        }
+        self.scratch.extend_from_slice(bytes);
+        if bytes.len() < want {
+            return Ok(());
+        }
+        match &mut self.state {
+            // Only the magic number: it says how long the header is.
+            State::Header if self.scratch.len() == 4 => self.check_magic(),
+            State::Header => self.end_header(events),
+            State::Prefix { .. } => self.end_prefix(events),
+            State::Status { chunk } => {
+                let descriptor = std::mem::take(&mut self.scratch);
+                push_descriptor(chunk, &descriptor)?;
+                self.end_payload(events)
+            }
+            State::Data { .. } | State::Skip { .. } => Ok(()),
+        }
+    }
+
+    fn magic(&self) -> u32 {
+        Fields(&self.scratch).u32().unwrap_or(0)
+    }
+
+    fn header_len(&self) -> usize {
+        match self.magic() {
+            SIMPLE_REPLY_MAGIC => 16,
+            STRUCTURED_REPLY_MAGIC => 20,
+            _ => 32,
+        }
+    }
+
+    fn check_magic(&self) -> Result<(), ReplyError> {
+        match (self.magic(), self.headers) {
+            (SIMPLE_REPLY_MAGIC, Headers::Simple | Headers::Structured)
+            | (STRUCTURED_REPLY_MAGIC, Headers::Structured)
+            | (EXTENDED_REPLY_MAGIC, Headers::Extended) => Ok(()),
+            _ => Err(ReplyError::Magic),
+        }
+    }
+
+    fn take_pending(&mut self, cookie: u64) -> Result<Pending, ReplyError> {
+        self.pending.remove(&cookie).ok_or(ReplyError::UnknownCookie)
+    }
+
+    fn end_header(&mut self, events: &mut Vec<Event>) -> Result<(), ReplyError> {
+        let header = std::mem::take(&mut self.scratch);
+        let mut fields = Fields(&header);
+        let magic = fields.u32();
+        if magic == Some(SIMPLE_REPLY_MAGIC) {
+            let error = fields.u32().ok_or(ReplyError::Length)?;
+            return self.begin_simple(error, fields.u64().ok_or(ReplyError::Length)?, events);
+        }
+        let (Some(flags), Some(kind), Some(cookie)) = (fields.u16(), fields.u16(), fields.u64())
+        else {
+            return Err(ReplyError::Length);
+        };
+        let left = match magic {
+            Some(STRUCTURED_REPLY_MAGIC) => fields.u32().map(u64::from),
+            // The offset of the request comes first, for those who look at the wire.
+            _ => fields.u64().and_then(|_| fields.u64()),
+        };
+        let left = left.ok_or(ReplyError::Length)?;
+        let pending = self.take_pending(cookie)?;
+        let is_last = flags & REPLY_FLAG_DONE != 0;
+        self.begin_chunk(Chunk { cookie, kind, is_last, left, pending }, events)
+    }
+
+    fn begin_simple(
+        &mut self,
+        error: u32,
+        cookie: u64,
+        events: &mut Vec<Event>,
+    ) -> Result<(), ReplyError> {
+        let mut pending = self.take_pending(cookie)?;
+        if error != 0 {
+            pending.failure = Some(Failure { errno: errno_of(error), text: String::new() });
+        }
+        let mut chunk = Chunk { cookie, kind: REPLY_NONE, is_last: true, left: 0, pending };
+        match &mut chunk.pending.content {
+            _ if error != 0 => {}
+            Content::Done => {}
+            Content::Bytes { range, buf, covered } if self.headers == Headers::Simple => {
+                let len = prepare(range, buf)?;
+                add(covered, 0..len)?;
+                chunk.left = len as u64;
+                self.state = State::Data { chunk, at: 0 };
+                return self.end_payload(events);
+            }
+            // "Structured reply chunk message": reads must be answered in chunks then.
+            Content::Bytes { .. } | Content::Extents { .. } => return Err(ReplyError::Type),
+        }
+        self.end_chunk(chunk, events);
+        Ok(())
+    }
+
+    fn begin_chunk(&mut self, chunk: Chunk, events: &mut Vec<Event>) -> Result<(), ReplyError> {
+        let left = chunk.left;
+        let need = match (chunk.kind, &chunk.pending.content) {
+            (REPLY_NONE, _) if left == 0 && chunk.is_last => {
+                self.end_chunk(chunk, events);
+                return Ok(());
+            }
+            (REPLY_NONE, _) => return Err(ReplyError::Length),
+            (REPLY_OFFSET_DATA, Content::Bytes { .. }) if left > 8 => 8,
+            (REPLY_OFFSET_HOLE, Content::Bytes { .. }) if left == 12 => 12,
+            (REPLY_BLOCK_STATUS, Content::Extents { builder: None, .. }) => {
+                check_descriptors(left, 4, 8)?
+            }
+            (REPLY_BLOCK_STATUS_EXT, Content::Extents { builder: None, .. })
+                if self.headers == Headers::Extended =>
+            {
+                check_descriptors(left, 8, 16)?
+            }
+            (kind, _) if kind & REPLY_ERROR_BIT != 0 => {
+                if !(6..=MAX_ERROR).contains(&left) {
+                    return Err(ReplyError::Length);
+                }
+                usize::try_from(left).map_err(|_| ReplyError::Length)?
+            }
+            (REPLY_OFFSET_DATA | REPLY_OFFSET_HOLE, Content::Bytes { .. }) => {
+                return Err(ReplyError::Length);
+            }
+            _ => return Err(ReplyError::Type),
+        };
+        self.state = State::Prefix { chunk, need };
+        Ok(())
+    }
+
+    fn end_prefix(&mut self, events: &mut Vec<Event>) -> Result<(), ReplyError> {
+        let prefix = std::mem::take(&mut self.scratch);
+        let State::Prefix { mut chunk, .. } = std::mem::replace(&mut self.state, State::Header)
+        else {
+            return Ok(());
+        };
+        let mut fields = Fields(&prefix);
+        self.state = match (chunk.kind, &mut chunk.pending.content) {
+            (REPLY_OFFSET_DATA, Content::Bytes { range, buf, covered }) => {
+                let offset = fields.u64().ok_or(ReplyError::Length)?;
+                let piece = piece(range, offset, chunk.left)?;
+                prepare(range, buf)?;
+                add(covered, piece.clone())?;
+                State::Data { chunk, at: piece.start }
+            }
+            (REPLY_OFFSET_HOLE, Content::Bytes { range, buf, covered }) => {
+                let (offset, len) = (fields.u64(), fields.u32());
+                let (offset, len) = offset.zip(len).ok_or(ReplyError::Length)?;
+                let piece = piece(range, offset, u64::from(len))?;
+                // The buffer is zeros where nothing else came, and nothing comes twice.
+                prepare(range, buf)?;
+                add(covered, piece)?;
+                State::Skip { chunk }
+            }
+            (kind, Content::Extents { range, builder }) if kind & REPLY_ERROR_BIT == 0 => {
+                let context = fields.u32().ok_or(ReplyError::Length)?;
+                check_count(kind, fields, chunk.left)?;
+                match Some(context) == self.allocation {
+                    true => {
+                        *builder = Some(StatusBuilder::new(range));
+                        State::Status { chunk }
+                    }
+                    false => State::Skip { chunk },
+                }
+            }
+            _ => {
+                let failure = failure_of(fields)?;
+                // The first error says what went wrong; the others follow from it.
+                chunk.pending.failure.get_or_insert(failure);
+                State::Skip { chunk }
+            }
+        };
+        self.end_payload(events)
+    }
+
+    /// Ends the chunk when all its payload has come.
+    fn end_payload(&mut self, events: &mut Vec<Event>) -> Result<(), ReplyError> {
+        let is_complete = match &self.state {
+            State::Data { chunk, .. } | State::Status { chunk } | State::Skip { chunk } => {
+                chunk.left == 0
+            }
+            State::Header | State::Prefix { .. } => false,
+        };
+        if is_complete {
+            match std::mem::replace(&mut self.state, State::Header) {
+                State::Data { chunk, .. } | State::Status { chunk } | State::Skip { chunk } => {
+                    self.end_chunk(chunk, events);
+                }
+                State::Header | State::Prefix { .. } => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn end_chunk(&mut self, chunk: Chunk, events: &mut Vec<Event>) {
+        let Chunk { cookie, is_last, pending, .. } = chunk;
+        match is_last {
+            true => events.push(Event { cookie, result: pending.finish() }),
+            false => drop(self.pending.insert(cookie, pending)),
+        }
+    }
+}
+
+impl Pending {
+    fn finish(self) -> Result<Answer, Failure> {
+        if let Some(failure) = self.failure {
+            return Err(failure);
+        }
+        let incomplete = |text: &str| Failure { errno: libc::EIO, text: text.to_owned() };
+        match self.content {
+            Content::Bytes { range, buf, covered } => {
+                let is_complete = covered.is_complete(buf.len())
+                    && buf.len() as u64 == range.end - range.start;
+                match is_complete {
+                    true => Ok(Answer::Bytes(buf)),
+                    false => Err(incomplete("the server left out bytes of a read")),
+                }
+            }
+            Content::Extents { builder, .. } => {
+                let extents = builder.map(StatusBuilder::finish).unwrap_or_default();
+                match extents.is_empty() {
+                    false => Ok(Answer::Extents(extents)),
+                    true => Err(incomplete("the server left out the extents of a range")),
+                }
+            }
+            Content::Done => Ok(Answer::Done),
+        }
+    }
+}
+
+/// Makes the buffer of a read, once its first bytes have come. Returns its length.
+fn prepare(range: &Range<u64>, buf: &mut Vec<u8>) -> Result<usize, ReplyError> {
+    let len = usize::try_from(range.end - range.start).map_err(|_| ReplyError::Length)?;
+    if buf.is_empty() {
+        *buf = vec![0; len];
+    }
+    Ok(len)
+}
+
+/// Returns the place of `len` bytes from `offset` on in the buffer of the read of `range`.
+fn piece(range: &Range<u64>, offset: u64, len: u64) -> Result<Range<usize>, ReplyError> {
+    let end = offset.checked_add(len).filter(|end| *end <= range.end);
+    let (Some(end), Some(start)) = (end, offset.checked_sub(range.start)) else {
+        return Err(ReplyError::Outside);
+    };
+    if len == 0 {
+        return Err(ReplyError::Length);
+    }
+    let place = usize::try_from(start).ok().zip(usize::try_from(end - range.start).ok());
+    place.map(|(start, end)| start..end).ok_or(ReplyError::Outside)
+}
+
+fn add(covered: &mut Coverage, piece: Range<usize>) -> Result<(), ReplyError> {
+    covered.add(piece).map_err(|error| match error {
+        CoverageError::Overlap => ReplyError::Overlap,
+        CoverageError::TooManyPieces => ReplyError::TooManyPieces,
+    })
+}
+
+fn descriptor_len(kind: u16) -> usize {
+    if kind == REPLY_BLOCK_STATUS_EXT { 16 } else { 8 }
+}
+
+/// Checks the length of a block status; returns that of its prefix.
+fn check_descriptors(left: u64, prefix: u64, each: u64) -> Result<usize, ReplyError> {
+    let descriptors = left.checked_sub(prefix).ok_or(ReplyError::Length)?;
+    match (descriptors % each, descriptors / each) {
+        (0, 1..=MAX_DESCRIPTORS) => Ok(usize::try_from(prefix).unwrap_or(8)),
+        (0, 1..) => Err(ReplyError::TooManyExtents),
+        _ => Err(ReplyError::Length),
+    }
+}
+
+/// An extended block status says how many descriptors follow.
+fn check_count(kind: u16, mut fields: Fields<'_>, left: u64) -> Result<(), ReplyError> {
+    if kind == REPLY_BLOCK_STATUS_EXT && fields.u32().map(u64::from) != Some(left / 16) {
+        return Err(ReplyError::Length);
+    }
+    Ok(())
+}
+
+fn push_descriptor(chunk: &mut Chunk, descriptor: &[u8]) -> Result<(), ReplyError> {
+    let mut fields = Fields(descriptor);
+    let described = match chunk.kind {
+        REPLY_BLOCK_STATUS_EXT => fields.u64().zip(fields.u64()),
+        _ => fields.u32().zip(fields.u32()).map(|(len, flags)| (len.into(), flags.into())),
+    };
+    let (len, flags) = described.ok_or(ReplyError::Length)?;
+    match &mut chunk.pending.content {
+        Content::Extents { builder: Some(builder), .. } => {
+            builder.push(len, flags).map_err(|()| ReplyError::Length)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Takes the payload of an error: its value, and a text of the given length.
+fn failure_of(mut fields: Fields<'_>) -> Result<Failure, ReplyError> {
+    let (value, len) = fields.u32().zip(fields.u16()).ok_or(ReplyError::Length)?;
+    let text = fields.bytes(usize::from(len)).ok_or(ReplyError::Length)?;
+    Ok(Failure { errno: errno_of(value), text: text_of(text) })
+}
+
+#[cfg(test)]
+mod tests;

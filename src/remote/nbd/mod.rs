@@ -1,0 +1,2 @@
+//! Images on NBD servers.
+mod codec;
