@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -66,6 +66,7 @@ pub(super) struct Connection {
     began: Instant,
     /// When the server was last heard, in milliseconds after `began`.
     heard_ms: AtomicU64,
+    has_answered: AtomicBool,
 }
 
 impl Connection {
@@ -77,6 +78,7 @@ impl Connection {
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             began: Instant::now(),
             heard_ms: AtomicU64::new(0),
+            has_answered: AtomicBool::new(false),
         })
     }
 
@@ -156,6 +158,11 @@ impl Connection {
         self.began + std::time::Duration::from_millis(self.heard_ms.load(Ordering::Relaxed))
     }
 
+    /// Returns whether a request was answered.
+    pub(super) fn has_answered(&self) -> bool {
+        self.has_answered.load(Ordering::Relaxed)
+    }
+
     /// Receives replies until the connection ends, and returns why it did. `deliver` takes what is
     /// answered; when it returns a reason, that ends the connection.
     pub(super) fn run(
@@ -190,7 +197,11 @@ impl Connection {
                 .advance(in_place, &mut events)
                 .and_then(|()| replies.feed(rest, &mut events));
             // What came before the fault is sound.
-            let ended = if events.is_empty() { None } else { deliver(&mut events) };
+            let mut ended = None;
+            if !events.is_empty() {
+                self.has_answered.store(true, Ordering::Relaxed);
+                ended = deliver(&mut events);
+            }
             if let Err(error) = fed {
                 return error.to_string();
             }

@@ -1,6 +1,6 @@
 //! One connected socket, which never blocks, and the handshake on it.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{IoSlice, IoSliceMut};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -123,7 +123,8 @@ impl Link {
     /// # Errors
     /// `EAGAIN` when that is nothing; the errno of sendmsg(2).
     pub(super) fn send(&self, parts: &[IoSlice<'_>]) -> Result<usize, Errno> {
-        let send = || sendmsg(&self.0, parts, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL);
+        let send =
+            || sendmsg(&self.0, parts, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL);
         rustix::io::retry_on_intr(send)
     }
 

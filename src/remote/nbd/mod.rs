@@ -1,2 +1,33 @@
-//! Images on NBD servers.
+//! Images on NBD servers (doc/proto.md of the NBD project).
+//!
+//! ```text
+//!   uri       what the user writes ──▶ NbdTarget
+//!   client    NbdClient, a Transport: requests, reconnects, timeouts
+//!     ├── state, request      the requests, and which connection has them
+//!     ├── connection          one connection in use, and its thread
+//!     └── server              makes connections, and checks that they lead to the same image
+//!           ├── link          a socket, and the handshake on it
+//!           └── exec          a program that becomes the server
+//!   codec     the protocol without I/O
+//! ```
+//!
+//! Locks: the state of a client, then what a connection sends or has announced. No lock is held while
+//! a receiver is called, or while anything waits.
+
+mod client;
 mod codec;
+mod connection;
+mod error;
+mod exec;
+mod link;
+mod request;
+mod server;
+mod state;
+#[cfg(test)]
+mod testing;
+mod uri;
+
+pub(crate) use client::{Access, NbdClient, NbdHealth, NbdOpenError, NbdOptions};
+pub(crate) use error::NbdError;
+pub(crate) use server::{IdentityCheck, ReadRanges};
+pub(crate) use uri::{NbdTarget, NbdUriError};

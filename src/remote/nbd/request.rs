@@ -17,14 +17,34 @@ pub(super) const MAX_ZERO: u64 = 256 << 20;
 
 /// What is asked for.
 pub(super) enum Operation {
-    Read { range: Range<u64>, done: ReadDone },
+    Read {
+        range: Range<u64>,
+        done: ReadDone,
+    },
     /// The server is asked for `query`, whole blocks around `asked`.
-    Extents { asked: Range<u64>, query: Range<u64>, done: ExtentsDone },
-    Write { offset: u64, bytes: Arc<Vec<u8>>, durability: Durability, done: ChangeDone },
+    Extents {
+        asked: Range<u64>,
+        query: Range<u64>,
+        done: ExtentsDone,
+    },
+    Write {
+        offset: u64,
+        bytes: Arc<Vec<u8>>,
+        durability: Durability,
+        done: ChangeDone,
+    },
     /// In pieces, one after the other: `range` is what is left.
-    Zero { range: Range<u64>, punch: bool, durability: Durability, done: ChangeDone },
+    Zero {
+        range: Range<u64>,
+        punch: bool,
+        durability: Durability,
+        done: ChangeDone,
+    },
     /// `covers` are the changes that were answered when it began.
-    Flush { covers: u64, done: ChangeDone },
+    Flush {
+        covers: u64,
+        done: ChangeDone,
+    },
 }
 
 /// A request, from its beginning to its end.
@@ -90,30 +110,18 @@ impl Operation {
         matches!(self, Self::Write { .. } | Self::Zero { .. })
     }
 
-    /// Returns whether the change is durable once it is answered.
-    pub(super) fn is_durable(&self) -> bool {
-        match self {
-            Self::Write { durability, .. } | Self::Zero { durability, .. } => {
-                *durability == Durability::BeforeAnswer
-            }
-            _ => false,
-        }
-    }
-
     /// Ends the request with what it brought.
     pub(super) fn succeed(self, answer: Answer) -> Outcome {
-        let mismatch = || Err(os_error(libc::EIO));
         match (self, answer) {
             (Self::Read { done, .. }, Answer::Bytes(bytes)) => Outcome::Read(done, Ok(bytes)),
             (Self::Extents { asked, done, .. }, Answer::Extents(extents)) => {
                 Outcome::Extents(done, Ok(clip(&extents, &asked)))
             }
-            (Self::Read { done, .. }, _) => Outcome::Read(done, mismatch()),
-            (Self::Extents { done, .. }, _) => Outcome::Extents(done, mismatch()),
-            (
-                Self::Write { done, .. } | Self::Zero { done, .. } | Self::Flush { done, .. },
-                _,
-            ) => Outcome::Change(done, Ok(())),
+            (Self::Read { done, .. }, _) => Outcome::Read(done, Err(os_error(libc::EIO))),
+            (Self::Extents { done, .. }, _) => Outcome::Extents(done, Err(os_error(libc::EIO))),
+            (Self::Write { done, .. } | Self::Zero { done, .. } | Self::Flush { done, .. }, _) => {
+                Outcome::Change(done, Ok(()))
+            }
         }
     }
 

@@ -331,7 +331,10 @@ mod tests {
         assert_eq!(parse("nbds://h:/e").unwrap(), tcp("h", 10809, "e", Tls::Required));
         assert_eq!(parse("NBD://10.0.0.2:99").unwrap(), tcp("10.0.0.2", 99, "", Tls::No));
         assert_eq!(parse("nbd://[::1]:7/a/b").unwrap(), tcp("::1", 7, "a/b", Tls::No));
-        assert_eq!(parse("nbd://[fe80::1%25eth0]").unwrap(), tcp("fe80::1%eth0", 10809, "", Tls::No));
+        assert_eq!(
+            parse("nbd://[fe80::1%25eth0]").unwrap(),
+            tcp("fe80::1%eth0", 10809, "", Tls::No)
+        );
     }
 
     #[test]
@@ -356,7 +359,7 @@ mod tests {
 
     #[test]
     fn each_mistake_has_its_line() {
-        let why = |text| parse(text).unwrap_err();
+        let why = |text: &str| parse(text).unwrap_err();
         assert_eq!(why("nbd:h"), NbdUriError::Scheme);
         assert_eq!(why("nbd:///e"), NbdUriError::NoHost("nbd"));
         assert_eq!(why("nbds://:5/e"), NbdUriError::NoHost("nbds"));

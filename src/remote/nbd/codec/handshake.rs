@@ -19,11 +19,12 @@ use thiserror::Error;
 use super::Headers;
 use super::export::{BlockSizes, Export, ExportFlags};
 use super::wire::{
-    BASE_ALLOCATION, EXPORT_NAME_ZEROES, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Fields, INFO_BLOCK_SIZE,
-    INFO_EXPORT, INFO_NAME, INIT_MAGIC, MAX_STRING, OLDSTYLE_MAGIC, OPT_EXPORT_NAME,
-    OPT_EXTENDED_HEADERS, OPT_GO, OPT_SET_META_CONTEXT, OPT_STARTTLS, OPT_STRUCTURED_REPLY,
-    OPTION_MAGIC, OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_POLICY, REP_ERR_SHUTDOWN, REP_ERR_TLS_REQD,
-    REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_ERROR, REP_INFO, REP_META_CONTEXT,
+    BASE_ALLOCATION, EXPORT_NAME_ZEROES, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Fields,
+    INFO_BLOCK_SIZE, INFO_EXPORT, INFO_NAME, INIT_MAGIC, MAX_STRING, OLDSTYLE_MAGIC,
+    OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_SET_META_CONTEXT, OPT_STARTTLS,
+    OPT_STRUCTURED_REPLY, OPTION_MAGIC, OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_POLICY,
+    REP_ERR_SHUTDOWN, REP_ERR_TLS_REQD, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_ERROR, REP_INFO,
+    REP_META_CONTEXT,
 };
 use crate::printable;
 
@@ -46,7 +47,9 @@ pub(crate) enum HandshakeError {
     OldStyle,
     #[error("the server has no export named '{name}'{}", said(.text))]
     NoExport { name: String, text: String },
-    #[error("the server closed the connection when asked for the export '{name}': it has none of that name, or keeps it from us")]
+    #[error(
+        "the server closed the connection when asked for the export '{name}': it has none of that name, or keeps it from us"
+    )]
     ExportRefused { name: String },
     #[error("the server closed the connection during the handshake")]
     Closed,
@@ -208,7 +211,8 @@ impl Handshake {
             return Err(HandshakeError::NotNbd);
         }
         let mut fields = *rest;
-        let (Some(_), Some(second), Some(flags)) = (fields.u64(), fields.u64(), fields.u16()) else {
+        let (Some(_), Some(second), Some(flags)) = (fields.u64(), fields.u64(), fields.u16())
+        else {
             return Ok(false);
         };
         match second {
@@ -277,7 +281,9 @@ impl Handshake {
             return Ok(false);
         };
         if magic != OPTION_REPLY_MAGIC {
-            return Err(HandshakeError::Protocol("the reply to an option has another magic number"));
+            return Err(HandshakeError::Protocol(
+                "the reply to an option has another magic number",
+            ));
         }
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         if len > MAX_REPLY {
@@ -381,8 +387,7 @@ impl Handshake {
     fn take_export(&mut self, rest: &mut Fields<'_>) -> bool {
         let mut fields = *rest;
         let zeroes = if self.has_no_zeroes { 0 } else { EXPORT_NAME_ZEROES };
-        let (Some(size), Some(flags), Some(_)) =
-            (fields.u64(), fields.u16(), fields.bytes(zeroes))
+        let (Some(size), Some(flags), Some(_)) = (fields.u64(), fields.u16(), fields.bytes(zeroes))
         else {
             return false;
         };

@@ -167,7 +167,11 @@ impl Replies {
     }
 
     /// Counts `len` bytes, at most the length of [`direct`](Self::direct), that were put there.
-    pub(crate) fn advance(&mut self, len: usize, events: &mut Vec<Event>) -> Result<(), ReplyError> {
+    pub(crate) fn advance(
+        &mut self,
+        len: usize,
+        events: &mut Vec<Event>,
+    ) -> Result<(), ReplyError> {
         if let State::Data { chunk, at } = &mut self.state {
             *at += len;
             chunk.left = chunk.left.saturating_sub(len as u64);
@@ -439,8 +443,8 @@ impl Pending {
         let incomplete = |text: &str| Failure { errno: libc::EIO, text: text.to_owned() };
         match self.content {
             Content::Bytes { range, buf, covered } => {
-                let is_complete = covered.is_complete(buf.len())
-                    && buf.len() as u64 == range.end - range.start;
+                let is_complete =
+                    covered.is_complete(buf.len()) && buf.len() as u64 == range.end - range.start;
                 match is_complete {
                     true => Ok(Answer::Bytes(buf)),
                     false => Err(incomplete("the server left out bytes of a read")),

@@ -87,11 +87,13 @@ mod tests {
     #[test]
     fn requests_have_the_bytes_of_the_specification() {
         let compact = encode(Headers::Simple, Command::Read, 0x0102, 0x0304, 0x0506).unwrap();
-        let expected = b"\x25\x60\x95\x13\0\0\0\0\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\x03\x04\0\0\x05\x06";
+        let expected =
+            b"\x25\x60\x95\x13\0\0\0\0\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\x03\x04\0\0\x05\x06";
         assert_eq!(compact, expected);
         let write = Command::Write(Durability::BeforeAnswer);
         let extended = encode(Headers::Extended, write, 1, 2, 1 << 32).unwrap();
-        let expected = b"\x21\xe4\x1c\x71\0\x21\0\x01\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\x01\0\0\0\0";
+        let expected =
+            b"\x21\xe4\x1c\x71\0\x21\0\x01\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\x01\0\0\0\0";
         assert_eq!(extended, expected);
         assert_eq!(encode(Headers::Structured, Command::BlockStatus, 1, 2, 1 << 32), None);
     }

@@ -92,7 +92,10 @@ fn all_options_go_in_one_message_and_are_answered() {
     assert_eq!(options, [(8, vec![]), (11, vec![]), (10, context), (7, go)]);
     assert_eq!(fields.0, b"");
     let found = export(&full_answers());
-    assert_eq!((found.size, found.headers, found.allocation), (12_345, Headers::Extended, Some(42)));
+    assert_eq!(
+        (found.size, found.headers, found.allocation),
+        (12_345, Headers::Extended, Some(42))
+    );
     assert_eq!(found.name.as_deref(), Some("other"));
     assert_eq!((found.limits().alignment, found.limits().max_len), (512, 1 << 20));
     assert!(found.flags.is_read_only() && found.flags.allows_many_connections());
@@ -146,7 +149,10 @@ fn errors_say_what_is_wrong_with_the_server() {
     assert_eq!(go(6, ""), "the server has no export named 'vm'");
     assert_eq!(go(6, "look\nelsewhere"), "the server has no export named 'vm' (look\\nelsewhere)");
     assert_eq!(go(5, ""), "the server requires TLS: write nbds: in place of nbd:");
-    assert_eq!(go(2, ""), "the server refuses the export (error 0x80000002) (its policy forbids it)");
+    assert_eq!(
+        go(2, ""),
+        "the server refuses the export (error 0x80000002) (its policy forbids it)"
+    );
     assert!(answers(info_blocks(3, 1 << 20)).contains("block sizes make no sense: smallest 3"));
     assert!(go(9, &"x".repeat(9000)).len() < 400);
     assert_eq!(plain(&[b"HTTP/1.1 400".to_vec()]), Err(HandshakeError::NotNbd));
@@ -190,7 +196,9 @@ fn tls_begins_before_anything_is_asked() {
     handshake.start_options();
     let sent = handshake.take_output();
     assert!(sent.starts_with(b"IHAVEOPT\0\0\0\x08"));
-    let Ok(Progress::Done(_)) = run(&mut handshake, &full_answers()[1..]) else { panic!("not done") };
+    let Ok(Progress::Done(_)) = run(&mut handshake, &full_answers()[1..]) else {
+        panic!("not done")
+    };
 }
 
 #[test]

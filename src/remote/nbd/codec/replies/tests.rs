@@ -64,7 +64,11 @@ fn status_ext(context: u32, count: u32, descriptors: &[(u64, u64)]) -> Vec<u8> {
 
 /// Feeds `messages` in pieces of at most `step` bytes to a connection that waits for a read of
 /// 100..116 (cookie 1), extents of 1000..2000 (cookie 2) and a change (cookie 3).
-fn replies_to(headers: Headers, step: usize, messages: &[Vec<u8>]) -> Result<Vec<Event>, ReplyError> {
+fn replies_to(
+    headers: Headers,
+    step: usize,
+    messages: &[Vec<u8>],
+) -> Result<Vec<Event>, ReplyError> {
     let mut replies = Replies::new(headers, Some(7));
     replies.expect(1, Expected::Bytes(100..116));
     replies.expect(2, Expected::Extents(1000..2000));
@@ -257,7 +261,11 @@ fn plans() -> impl Strategy<Value = Plan> {
     });
     (0u64..1 << 50, prop::collection::vec(piece, 1..12)).prop_flat_map(|(start, pieces)| {
         let order: Vec<usize> = (0..pieces.len()).collect();
-        Just(order).prop_shuffle().prop_map(move |order| Plan { start, pieces: pieces.clone(), order })
+        Just(order).prop_shuffle().prop_map(move |order| Plan {
+            start,
+            pieces: pieces.clone(),
+            order,
+        })
     })
 }
 

@@ -1,0 +1,4 @@
+mod exec;
+mod hostile;
+mod outage;
+mod real;

@@ -1,0 +1,162 @@
+//! The server behind a client: how a connection to it is made, and whether it is still the same one.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::codec::export::Export;
+use super::codec::handshake::Handshake;
+use super::codec::replies::{Answer, Expected, Replies};
+use super::codec::request::{Command, encode};
+use super::error::NbdError;
+use super::exec::ExecServer;
+use super::link::{Deadline, Link};
+use super::uri::{Address, NbdTarget};
+use crate::host::{os_error, os_message};
+use crate::stream::stop::Stop;
+
+/// Reads ranges of a new connection, each inside the image, aligned, and not longer than a request
+/// may be; all of them at once.
+pub(crate) type ReadRanges<'a> = &'a mut dyn FnMut(&[Range<u64>]) -> io::Result<Vec<Vec<u8>>>;
+
+/// Says whether the image of a new connection is the one that was opened.
+///
+/// # Errors
+/// Those of reading; the connection is tried again then.
+pub(crate) type IdentityCheck = Arc<dyn Fn(ReadRanges<'_>) -> io::Result<bool> + Send + Sync>;
+
+/// A connection after its handshake.
+pub(super) struct Opened {
+    pub(super) link: Link,
+    pub(super) export: Export,
+}
+
+/// A server. Displayed without secrets.
+pub(super) struct Server {
+    target: NbdTarget,
+    program: Option<Mutex<ExecServer>>,
+    stop: Stop,
+}
+
+impl Server {
+    /// Names the server `target`; a program is run in `dir`.
+    pub(super) fn new(target: &NbdTarget, dir: &Path, stop: Stop) -> Self {
+        let program = match &target.address {
+            Address::Exec(words) => Some(Mutex::new(ExecServer::new(words.clone(), dir))),
+            Address::Tcp { .. } | Address::Unix(_) => None,
+        };
+        Self { target: target.clone(), program, stop }
+    }
+
+    /// Opens a connection within `time`.
+    pub(super) fn open(&self, time: Duration) -> Result<Opened, NbdError> {
+        let deadline = Deadline::after(time, &self.stop);
+        let mut link = match (&self.target.address, &self.program) {
+            (Address::Tcp { host, port }, _) => Link::tcp(host, *port, &deadline)?,
+            (Address::Unix(path), _) => Link::unix(path, &deadline)?,
+            (Address::Exec(_), Some(program)) => {
+                let socket = program.lock().start().map_err(NbdError::Program)?;
+                Link::unix(&socket, &deadline).map_err(|error| self.explain(error))?
+            }
+            (Address::Exec(_), None) => return Err(NbdError::Stopped),
+        };
+        let handshake = Handshake::new(&self.target.export, self.target.tls);
+        let export = link.negotiate(handshake, &deadline).map_err(|error| self.explain(error))?;
+        Ok(Opened { link, export })
+    }
+
+    /// A program that has ended says more than its connection.
+    fn explain(&self, error: NbdError) -> NbdError {
+        let failure = match (&self.program, &error) {
+            (_, NbdError::Stopped) | (None, _) => None,
+            (Some(program), _) => program.lock().failure(),
+        };
+        failure.map_or(error, NbdError::Program)
+    }
+
+    /// Opens a connection within `time`, and makes sure that it leads to the image of `first`.
+    pub(super) fn open_same(
+        &self,
+        first: &Export,
+        check: Option<&IdentityCheck>,
+        time: Duration,
+    ) -> Result<Opened, NbdError> {
+        let opened = self.open(time)?;
+        let export = &opened.export;
+        if export.size != first.size {
+            let text = format!("it had {} bytes, and now has {}", first.size, export.size);
+            return Err(NbdError::Changed(text));
+        }
+        if !export.is_like(first) || export.headers != first.headers {
+            let text = "flags, block sizes or extensions are others".to_owned();
+            return Err(NbdError::Differs(text));
+        }
+        if let Some(check) = check {
+            let deadline = Deadline::after(time, &self.stop);
+            let mut read = |ranges: &[Range<u64>]| read_ranges(&opened, ranges, &deadline);
+            match check(&mut read) {
+                Ok(true) => {}
+                Ok(false) => return Err(NbdError::Changed("its content differs".to_owned())),
+                Err(error) => return Err(NbdError::Broken(os_message(&error))),
+            }
+        }
+        Ok(opened)
+    }
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.target.fmt(f)
+    }
+}
+
+/// Reads `ranges` on a connection that nobody else uses yet. The requests go in one message.
+fn read_ranges(
+    opened: &Opened,
+    ranges: &[Range<u64>],
+    deadline: &Deadline,
+) -> io::Result<Vec<Vec<u8>>> {
+    let Opened { link, export } = opened;
+    let broken = |error: NbdError| io::Error::other(error.to_string());
+    let mut replies = Replies::new(export.headers, export.allocation);
+    let mut requests = Vec::new();
+    // Cookies from the end, which the client will not come to.
+    let cookie_of = |number: usize| u64::MAX - number as u64;
+    for (number, range) in ranges.iter().enumerate() {
+        let is_valid = !range.is_empty()
+            && range.end <= export.size
+            && range.end - range.start <= u64::from(export.limits().max_len);
+        let len = range.end.saturating_sub(range.start);
+        let cookie = cookie_of(number);
+        let request = encode(export.headers, Command::Read, cookie, range.start, len);
+        let request = request.filter(|_| is_valid).ok_or_else(|| os_error(libc::EINVAL))?;
+        replies.expect(cookie, Expected::Bytes(range.clone()));
+        requests.extend(request);
+    }
+    link.send_all(&requests, deadline).map_err(broken)?;
+    let mut found: Vec<Vec<u8>> = vec![Vec::new(); ranges.len()];
+    let mut left = ranges.len();
+    let mut buf = vec![0; 64 << 10];
+    let mut events = Vec::new();
+    while left > 0 {
+        let received = match link.receive_some(&mut buf, deadline).map_err(broken)? {
+            0 => return Err(os_error(libc::ECONNRESET)),
+            len => buf.get(..len).unwrap_or_default(),
+        };
+        replies.feed(received, &mut events).map_err(io::Error::other)?;
+        for event in events.drain(..) {
+            let answer = event.result.map_err(|failure| os_error(failure.errno))?;
+            let number = usize::try_from(u64::MAX - event.cookie).unwrap_or(usize::MAX);
+            if let (Answer::Bytes(bytes), Some(place)) = (answer, found.get_mut(number)) {
+                *place = bytes;
+                left -= 1;
+            }
+        }
+    }
+    Ok(found)
+}

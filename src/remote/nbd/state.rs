@@ -1,0 +1,278 @@
+//! The requests of a client and its connections, under one lock; nothing here waits.
+//!
+//! ```text
+//!   begin ──▶ queue ──▶ sent on a connection ──▶ answered
+//!               ▲              │        └──▶ too old: ETIMEDOUT
+//!               └── lost ──────┘
+//! ```
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::codec::export::Export;
+use super::codec::replies::Event;
+use super::codec::request::encode;
+use super::connection::Connection;
+use super::request::{MAX_ZERO, Operation, Outcome, Request};
+
+/// The most bytes of reads and writes on their way to or from the server.
+const MAX_BYTES: usize = 64 << 20;
+
+/// The most requests on one connection. Servers work on 16 at a time; more wait there, not here.
+const MAX_REQUESTS: usize = 64;
+
+/// How many requests a connection has before another one is opened beside it.
+const BUSY_REQUESTS: usize = 4;
+
+/// A place for a connection.
+#[derive(Default)]
+pub(super) struct Slot {
+    pub(super) connection: Option<Arc<Connection>>,
+    /// Requests that were sent and not answered.
+    requests: usize,
+    /// A thread works for this place.
+    pub(super) is_taken: bool,
+}
+
+/// A time without any connection.
+#[derive(Clone, Debug)]
+pub(super) struct Outage {
+    pub(super) since: Instant,
+    pub(super) why: String,
+}
+
+/// The changes that need a flush.
+#[derive(Debug, Default)]
+struct Changes {
+    /// Answered so far.
+    answered: u64,
+    /// Of these, durable by now.
+    durable: u64,
+    /// The server may have lost answered changes: every later flush fails.
+    may_be_lost: bool,
+}
+
+/// The state of a client.
+pub(super) struct State {
+    requests: HashMap<u64, Request>,
+    queue: VecDeque<u64>,
+    next_cookie: u64,
+    bytes: usize,
+    pub(super) slots: Vec<Slot>,
+    /// No other connection is opened before this time.
+    pub(super) open_after: Instant,
+    pub(super) outage: Option<Outage>,
+    changes: Changes,
+    /// Whether changes are durable only after a flush.
+    needs_flush: bool,
+    /// The thread that watches the time of requests sleeps until there is one.
+    pub(super) is_unwatched: bool,
+    /// The errno of all requests from now on.
+    pub(super) latch: Option<i32>,
+}
+
+impl State {
+    pub(super) fn new(connections: usize, export: &Export) -> Self {
+        Self {
+            requests: HashMap::new(),
+            queue: VecDeque::new(),
+            next_cookie: 0,
+            bytes: 0,
+            slots: std::iter::repeat_with(Slot::default).take(connections.max(1)).collect(),
+            open_after: Instant::now(),
+            outage: None,
+            changes: Changes::default(),
+            needs_flush: export.flags.can_flush(),
+            is_unwatched: false,
+            latch: None,
+        }
+    }
+
+    /// Returns the number of changes that were answered.
+    pub(super) fn answered_changes(&self) -> u64 {
+        self.changes.answered
+    }
+
+    /// Begins a request that fails after `timeout`; at once when no request can succeed.
+    pub(super) fn begin(&mut self, operation: Operation, timeout: Duration) -> Result<(), Outcome> {
+        if let Some(errno) = self.latch {
+            return Err(operation.fail(errno));
+        }
+        if self.changes.may_be_lost && matches!(operation, Operation::Flush { .. }) {
+            return Err(operation.fail(libc::EIO));
+        }
+        let cookie = self.insert(operation, timeout);
+        self.queue.push_back(cookie);
+        Ok(())
+    }
+
+    fn insert(&mut self, operation: Operation, timeout: Duration) -> u64 {
+        let cookie = self.next_cookie;
+        self.next_cookie += 1;
+        let deadline = Instant::now() + timeout;
+        self.requests.insert(cookie, Request { operation, deadline, sent: None });
+        cookie
+    }
+
+    /// Gives queued requests to connections, and returns those that have something to send.
+    pub(super) fn dispatch(&mut self, export: &Export) -> Vec<Arc<Connection>> {
+        let mut touched: Vec<Arc<Connection>> = Vec::new();
+        while let Some(cookie) = self.queue.front().copied() {
+            let Some(request) = self.requests.get_mut(&cookie) else {
+                self.queue.pop_front();
+                continue;
+            };
+            let weight = request.operation.weight();
+            if self.bytes > 0 && self.bytes + weight > MAX_BYTES {
+                break;
+            }
+            let free = self.slots.iter_mut().enumerate().filter_map(|(at, slot)| {
+                let connection = slot.connection.clone()?;
+                (slot.requests < MAX_REQUESTS).then_some((at, slot, connection))
+            });
+            let Some((at, slot, connection)) = free.min_by_key(|(_, slot, _)| slot.requests) else {
+                break;
+            };
+            self.queue.pop_front();
+            let (command, range, expected, payload) = request.operation.message();
+            let len = range.end - range.start;
+            // Ranges are cut to what the headers can say when a request begins.
+            let Some(header) = encode(export.headers, command, cookie, range.start, len) else {
+                continue;
+            };
+            request.sent = Some((at, Instant::now()));
+            slot.requests += 1;
+            self.bytes += weight;
+            connection.enqueue(cookie, expected, header, payload);
+            if !touched.iter().any(|other| Arc::ptr_eq(other, &connection)) {
+                touched.push(connection);
+            }
+        }
+        touched
+    }
+
+    fn remove(&mut self, cookie: u64) -> Option<Request> {
+        let request = self.requests.remove(&cookie)?;
+        self.release(&request);
+        Some(request)
+    }
+
+    fn release(&mut self, request: &Request) {
+        if let Some((at, _)) = request.sent {
+            self.bytes = self.bytes.saturating_sub(request.operation.weight());
+            if let Some(slot) = self.slots.get_mut(at) {
+                slot.requests = slot.requests.saturating_sub(1);
+            }
+        }
+    }
+
+    /// Ends the request of `event`; `None` when it goes on, or is over already.
+    pub(super) fn answer(&mut self, event: Event, timeout: Duration) -> Option<Outcome> {
+        let mut request = self.remove(event.cookie)?;
+        let answer = match event.result {
+            Ok(answer) => answer,
+            Err(failure) => return Some(request.operation.fail(failure.errno)),
+        };
+        match &mut request.operation {
+            Operation::Flush { covers, .. } => {
+                if self.changes.may_be_lost {
+                    return Some(request.operation.fail(libc::EIO));
+                }
+                self.changes.durable = self.changes.durable.max(*covers);
+            }
+            Operation::Zero { range, .. } if range.end - range.start > MAX_ZERO => {
+                range.start += MAX_ZERO;
+                let cookie = self.insert(request.operation, timeout);
+                self.queue.push_front(cookie);
+                return None;
+            }
+            operation if operation.is_change() && self.needs_flush => self.changes.answered += 1,
+            _ => {}
+        }
+        Some(request.operation.succeed(answer))
+    }
+
+    /// Takes the requests of a lost connection back into the queue, before the others and in their
+    /// order. Returns those that cannot be asked again.
+    pub(super) fn lose(&mut self, at: usize) -> Vec<Outcome> {
+        if let Some(slot) = self.slots.get_mut(at) {
+            slot.connection = None;
+        }
+        if self.changes.answered > self.changes.durable {
+            self.changes.may_be_lost = true;
+        }
+        let sent_here = |request: &Request| request.sent.is_some_and(|(slot, _)| slot == at);
+        let requests = self.requests.iter().filter(|(_, request)| sent_here(request));
+        let mut lost: Vec<u64> = requests.map(|(cookie, _)| *cookie).collect();
+        lost.sort_unstable();
+        let mut failed = Vec::new();
+        for cookie in lost.into_iter().rev() {
+            let Some(mut request) = self.remove(cookie) else { continue };
+            if self.changes.may_be_lost && matches!(request.operation, Operation::Flush { .. }) {
+                failed.push(request.operation.fail(libc::EIO));
+                continue;
+            }
+            request.sent = None;
+            self.requests.insert(cookie, request);
+            self.queue.push_front(cookie);
+        }
+        failed
+    }
+
+    /// Returns whether there are requests, whose time is to be watched.
+    pub(super) fn has_requests(&self) -> bool {
+        !self.requests.is_empty()
+    }
+
+    /// Ends the requests whose time is over. Ends connections too: those on which the server has said
+    /// nothing since such a request was sent, or nothing for `silence` while one was open.
+    pub(super) fn expire(&mut self, now: Instant, silence: Duration) -> Vec<Outcome> {
+        let is_over = |request: &Request| request.deadline <= now;
+        let over = self.requests.iter().filter(|(_, request)| is_over(request));
+        let mut over: Vec<u64> = over.map(|(cookie, _)| *cookie).collect();
+        over.sort_unstable();
+        let mut outcomes = Vec::new();
+        for cookie in over {
+            let Some(request) = self.remove(cookie) else { continue };
+            if let Some((at, since)) = request.sent {
+                self.end_connection_if(at, |heard| heard <= since);
+            }
+            outcomes.push(request.operation.fail(libc::ETIMEDOUT));
+        }
+        for (at, since) in self.requests.values().filter_map(|request| request.sent) {
+            self.end_connection_if(at, |heard| heard.max(since) + silence <= now);
+        }
+        outcomes
+    }
+
+    fn end_connection_if(&self, at: usize, is_silent: impl FnOnce(Instant) -> bool) {
+        let connection = self.slots.get(at).and_then(|slot| slot.connection.as_ref());
+        if let Some(connection) = connection.filter(|open| is_silent(open.last_heard())) {
+            connection.shut_down();
+        }
+    }
+
+    /// Ends all requests with an errno.
+    pub(super) fn fail_all(&mut self, errno: i32) -> Vec<Outcome> {
+        self.queue.clear();
+        self.bytes = 0;
+        for slot in &mut self.slots {
+            slot.requests = 0;
+        }
+        self.requests.drain().map(|(_, request)| request.operation.fail(errno)).collect()
+    }
+
+    /// Returns a free place for another connection when those that there are have enough to do.
+    pub(super) fn place_for_another(&mut self, now: Instant) -> Option<usize> {
+        let open = self.slots.iter().filter(|slot| slot.connection.is_some()).count();
+        let taken = self.slots.iter().filter(|slot| slot.is_taken).count();
+        // One is opened at a time; during an outage none is.
+        if open != taken || self.requests.len() < open * BUSY_REQUESTS || now < self.open_after {
+            return None;
+        }
+        let (at, slot) = self.slots.iter_mut().enumerate().find(|(_, slot)| !slot.is_taken)?;
+        slot.is_taken = true;
+        Some(at)
+    }
+}
