@@ -14,10 +14,22 @@
 //! used for the longest time go, and if that does not help, bytes stay in memory for those who wait for
 //! them ([`overflow`]). A host file that cannot be read is given up in the same way.
 //!
-//! Lock order: the writes of a shard ([`Units::lock_writes`]), the list of victims, the map of a shard.
+//! ```text
+//!   Cache::read_at, lend_at, missing    mod.rs        who has the bytes
+//!   Cache::store, eviction              store.rs
+//!   DIR, its limit, its locks           dir.rs        the rest is for a cache that outlives its process
+//!   map, comparison                     persist.rs, record.rs
+//! ```
+//!
+//! Lock order: the writes of a shard ([`Units::lock_writes`]), the list of victims, the map on
+//! disk, the map of a shard.
 
+mod dir;
 mod error;
 mod overflow;
+mod persist;
+mod record;
+mod registry;
 mod store;
 mod units;
 
@@ -26,13 +38,20 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLockReadGuard};
 
+use sha2::{Digest, Sha256};
+
+use self::dir::{CacheDir, OtherImages};
 pub(crate) use self::error::CacheError;
 use self::overflow::Overflow;
 pub(crate) use self::overflow::Urgency;
+use self::persist::{DATA_FILE, Persistent};
+use self::record::ImageId;
+pub(crate) use self::registry::CacheRegistry;
 use self::units::{Shard, UNIT_SIZE, Unit, Units, mask_of, pieces, runs};
 use super::BLOCK_SIZE;
 use crate::host;
@@ -92,6 +111,12 @@ pub(crate) struct Cache {
     counters: Counters,
     /// Whether the file could not be read, and is used no more.
     is_broken: AtomicBool,
+    /// What a cache with a name has on disk besides its bytes.
+    persistent: Option<Persistent>,
+    /// The limit of all caches in the directory, in bytes.
+    dir_cap: u64,
+    /// Whether the directory may hold images that nobody uses.
+    has_idle_images: AtomicBool,
 }
 
 impl Cache {
@@ -103,23 +128,106 @@ impl Cache {
     pub(crate) fn temporary(size: u64, cap: u64) -> Result<Self, CacheError> {
         let dir = host::temporary_dir();
         match tempfile::tempfile_in(&dir) {
-            Ok(file) => Ok(Self::new(file, size, cap.max(MIN_CAP))),
+            Ok(file) => Ok(Self::new(file, Units::new(), size, cap.max(MIN_CAP))),
             Err(error) => Err(CacheError::Temporary { dir, error }),
         }
     }
 
-    fn new(file: File, size: u64, cap: u64) -> Self {
+    /// Opens the cache of the image of `size` bytes with this `identity` in the directory `dir`, which
+    /// is made where there is none. All caches of the directory have at most `cap` bytes together. While
+    /// another process uses the cache of the image, this one is temporary; a warning says so.
+    ///
+    /// # Errors
+    /// [`CacheError`].
+    pub(crate) fn open(
+        dir: &Path,
+        identity: &[u8],
+        size: u64,
+        cap: u64,
+    ) -> Result<Self, CacheError> {
+        Self::open_limited(dir, identity, size, cap.max(MIN_CAP))
+    }
+
+    fn open_limited(dir: &Path, identity: &[u8], size: u64, cap: u64) -> Result<Self, CacheError> {
+        let hash = Sha256::new().chain_update(size.to_le_bytes()).chain_update(identity).finalize();
+        let image = ImageId { hash: hash.into(), size };
+        let name: String = image.hash.iter().map(|byte| format!("{byte:02x}")).collect();
+        let io = |error| CacheError::Dir { dir: dir.join(&name), error };
+        let Some(files) = CacheDir::open_or_create(dir)?.lock_image(name.clone())? else {
+            let dir = dir.display();
+            log::warn!(
+                "read cache '{dir}': another mount uses it for this image, so this one fetches into a temporary file"
+            );
+            return Self::temporary(size, cap);
+        };
+        let (data, _) = files.open_or_create(DATA_FILE).map_err(io)?;
+        let units = Units::new();
+        let persistent = Persistent::open(files, image, cap, &data, &units).map_err(io)?;
+        persistent.dir.touch();
+        let mut cache = Self::new(data, units, size, cap);
+        cache.persistent = Some(persistent);
+        cache.maintain();
+        Ok(cache)
+    }
+
+    /// Whether the cache outlives this process.
+    pub(crate) fn is_persistent(&self) -> bool {
+        self.persistent.is_some()
+    }
+
+    /// Adapts the limit of a persistent cache to what others in its directory take; to be called every
+    /// few seconds. Waits for the host.
+    pub(crate) fn maintain(&self) {
+        let Some(persistent) = &self.persistent else { return };
+        match persistent.dir.others() {
+            Ok(others) => {
+                self.has_idle_images.store(true, Ordering::Relaxed);
+                self.set_limit(&others);
+            }
+            Err(error) => log::debug!("the directory of a read cache cannot be listed: {error}"),
+        }
+        self.evict_to_limits();
+    }
+
+    /// Takes what others leave of the limit of the directory. Those who use it now give up what is above
+    /// an equal part; what nobody uses counts until it is removed.
+    fn set_limit(&self, others: &OtherImages) {
+        let left = self.dir_cap.saturating_sub(others.bytes);
+        let without_idle = self.dir_cap.saturating_sub(others.idle_bytes());
+        let share = (self.dir_cap / (others.live + 1)).min(without_idle);
+        let least = MIN_CAP.min(self.dir_cap / 8);
+        self.cap.store(left.max(share).max(least), Ordering::Relaxed);
+    }
+
+    /// Removes images that nobody uses, to have `needed` bytes more. Returns whether there are more.
+    fn remove_idle_images(&self, needed: u64) -> bool {
+        let Some(persistent) = &self.persistent else { return false };
+        if !self.has_idle_images.swap(false, Ordering::Relaxed) {
+            return false;
+        }
+        let Ok(mut others) = persistent.dir.others() else { return false };
+        let before = self.cap.load(Ordering::Relaxed);
+        persistent.dir.remove_idle(&mut others, needed);
+        self.has_idle_images.store(others.has_idle(), Ordering::Relaxed);
+        self.set_limit(&others);
+        self.cap.load(Ordering::Relaxed) > before
+    }
+
+    fn new(file: File, units: Units, size: u64, cap: u64) -> Self {
         let full_units = usize::try_from(cap / UNIT_SIZE).unwrap_or(usize::MAX);
         Self {
             file,
             size,
             cap: AtomicU64::new(cap),
             max_units: full_units.max(MIN_UNITS),
-            units: Units::new(),
+            units,
             overflow: Overflow::default(),
             victims: Mutex::default(),
             counters: Counters::default(),
             is_broken: AtomicBool::new(false),
+            persistent: None,
+            dir_cap: cap,
+            has_idle_images: AtomicBool::new(false),
         }
     }
 
@@ -162,8 +270,7 @@ impl Cache {
         piece: Range<u64>,
         wait: Wait,
     ) -> io::Result<usize> {
-        let shard = self.units.read(unit, wait)?;
-        let Some(found) = self.present_prefix(&shard, unit, &piece) else { return Ok(0) };
+        let Some((shard, found)) = self.present_prefix(unit, &piece, wait)? else { return Ok(0) };
         let len = byte_len(&found);
         match host::read_at(&self.file, &mut buf[..len], found.start, wait) {
             Ok(got) if got == len => Ok(len),
@@ -176,12 +283,26 @@ impl Cache {
         }
     }
 
-    /// Returns the prefix of `piece` that is present in `unit`, and notes its use.
-    fn present_prefix(&self, shard: &Shard, unit: u64, piece: &Range<u64>) -> Option<Range<u64>> {
-        let found = shard.get(&unit)?;
-        let prefix = prefix_of(found, piece)?;
-        self.units.touch(found);
-        Some(prefix)
+    /// Returns the prefix of `piece` that is present in `unit`, compared, and stays so while the shard is
+    /// held.
+    fn present_prefix(
+        &self,
+        unit: u64,
+        piece: &Range<u64>,
+        wait: Wait,
+    ) -> io::Result<Option<(RwLockReadGuard<'_, Shard>, Range<u64>)>> {
+        loop {
+            let shard = self.units.read(unit, wait)?;
+            let Some(found) = shard.get(&unit) else { return Ok(None) };
+            let Some(prefix) = prefix_of(found, piece) else { return Ok(None) };
+            self.units.touch(found);
+            let unverified = found.unverified & mask_of(&prefix);
+            if unverified == 0 {
+                return Ok(Some((shard, prefix)));
+            }
+            drop(shard);
+            self.verify(unit, unverified, wait)?;
+        }
     }
 
     /// Calls `copy` with the host file and the longest prefix of `range` (bytes) that it holds in one
@@ -198,9 +319,11 @@ impl Cache {
     ) -> io::Result<Option<(Range<u64>, u64)>> {
         let range = range.start..range.end.min(self.size);
         let Some((unit, piece)) = pieces(range).next() else { return Ok(None) };
-        let shard = self.units.read(unit, wait)?;
-        let Some(found) = self.present_prefix(&shard, unit, &piece) else { return Ok(None) };
+        let Some((shard, found)) = self.present_prefix(unit, &piece, wait)? else {
+            return Ok(None);
+        };
         let copied = copy(self.file.as_fd(), found.clone())?;
+        drop(shard);
         Ok(Some((found, copied)))
     }
 

@@ -72,6 +72,9 @@ impl Cache {
                 let _ = host::punch_hole(&self.file, range);
                 return Err(error);
             }
+            if let Some(persistent) = &self.persistent {
+                persistent.note_stored(start, part, &self.units);
+            }
             self.units.insert(unit, mask_of(&range), 0);
         }
         Ok(())
@@ -86,7 +89,11 @@ impl Cache {
                 true => above.max(1),
                 false => above,
             };
-            if needed == 0 || !self.evict(needed) {
+            if needed == 0 {
+                return;
+            }
+            let has_room = above > 0 && self.remove_idle_images(above);
+            if !has_room && !self.evict(needed) {
                 return;
             }
         }
@@ -120,6 +127,9 @@ impl Cache {
         let start = unit * UNIT_SIZE;
         if let Err(error) = host::punch_hole(&self.file, start..start + UNIT_SIZE) {
             log::debug!("a unit of the read cache keeps its room: {error}");
+        }
+        if let Some(persistent) = &self.persistent {
+            persistent.note_evicted(unit, &self.units);
         }
         let freed = u64::from(present.count_ones()) * BLOCK_SIZE;
         self.counters.evicted_bytes.fetch_add(freed, Ordering::Relaxed);

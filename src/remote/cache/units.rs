@@ -90,6 +90,19 @@ impl Units {
         self.shards[shard_of(unit)].read().get(&unit).map_or(0, |found| found.present)
     }
 
+    /// Returns the blocks of `unit` that must be compared first.
+    pub(super) fn unverified(&self, unit: u64) -> u64 {
+        self.shards[shard_of(unit)].read().get(&unit).map_or(0, |found| found.unverified)
+    }
+
+    /// Does the same as [`lock_writes`](Self::lock_writes), but never waits under [`Wait::No`].
+    pub(super) fn try_lock_writes(&self, unit: u64, wait: Wait) -> Option<MutexGuard<'_, ()>> {
+        match wait {
+            Wait::Yes => Some(self.lock_writes(unit)),
+            Wait::No => self.writes[shard_of(unit)].try_lock(),
+        }
+    }
+
     /// Makes the caller the only one who writes or punches units of the shard of `unit`.
     pub(super) fn lock_writes(&self, unit: u64) -> MutexGuard<'_, ()> {
         self.writes[shard_of(unit)].lock()

@@ -136,7 +136,11 @@ fn simulate(image_size: u64, mut readers: Vec<Reader>) -> Cost {
 
 /// All of `range` in reads of `len` bytes.
 fn sequential(range: Range<u64>, len: u64) -> Reader {
-    range.clone().step_by(len as usize).map(|at| at..(at + len).min(range.end)).collect()
+    range
+        .clone()
+        .step_by(usize::try_from(len).unwrap())
+        .map(|at| at..(at + len).min(range.end))
+        .collect()
 }
 
 /// A generator of numbers that need only be different (xorshift64).
@@ -193,7 +197,7 @@ fn boot(seed: u64, percent: u64, image_size: u64) -> (Reader, u64) {
 fn the_first_block_is_one_request() {
     let cost = simulate(1 << 40, vec![]);
     assert_eq!(cost, Cost::default());
-    let cost = simulate(64 * MIB, vec![Reader::from([MIB + 8192..MIB + 12288])]);
+    let cost = simulate(64 * MIB, vec![sequential(MIB + 8192..MIB + 12288, MIB)]);
     assert_eq!((cost.requests, cost.bytes, cost.waits), (1, 256 * KIB, 1));
 }
 

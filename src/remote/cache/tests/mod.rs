@@ -1,5 +1,7 @@
 //! The cache against a plain byte array, with threads, and on a full host.
 
+mod persistent;
+
 use std::sync::atomic::AtomicUsize;
 use std::thread;
 
@@ -20,7 +22,7 @@ fn bytes_of(image: u64, range: Range<u64>) -> Vec<u8> {
 }
 
 fn small_cache(size: u64, cap: u64) -> Cache {
-    Cache::new(tempfile::tempfile_in("/var/tmp").unwrap(), size, cap)
+    Cache::new(tempfile::tempfile_in("/var/tmp").unwrap(), Units::new(), size, cap)
 }
 
 /// Reads `range` and checks every byte that is found; returns how many were.
@@ -220,7 +222,7 @@ fn on_a_full_host_reads_go_on() {
     const PART: u64 = 256 << 10;
     let fs = small_fs(72 << 20);
     let dir = fs.mounted.path();
-    let cache = Cache::new(tempfile::tempfile_in(dir).unwrap(), 1 << 30, 512 << 20);
+    let cache = Cache::new(tempfile::tempfile_in(dir).unwrap(), Units::new(), 1 << 30, 512 << 20);
     let store_and_read = |part: u64| {
         let range = part * PART..(part + 1) * PART;
         cache.store(range.start, bytes_of(4, range.clone()), Urgency::Demand);
