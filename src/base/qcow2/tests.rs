@@ -9,7 +9,7 @@ use super::super::{BaseAccess, BaseImage, open_base_file};
 use super::*;
 use crate::arrival::Arrival;
 use crate::config::{DirectIo, Locking, Passthrough};
-use crate::host::testing::run;
+use crate::host::testing::{LoopDevice, run};
 use crate::layer::testing::MemoryLayer;
 
 const NAME: &str = "nbd://server/vm";
@@ -223,6 +223,35 @@ fn a_failing_layer_gives_its_errno_and_never_wrong_bytes_and_recovers() {
         }
         assert!(refused > 0 && damaged > 5, "{refused} {damaged}");
     }
+}
+
+#[test]
+fn a_table_that_a_file_lost_is_an_error_and_not_unallocated() {
+    let images = Images::new();
+    images.sh("qemu-img create -q -f qcow2 -o cluster_size=4K -b source.raw -F raw image.qcow2
+         qemu-io -c 'write -P 7 0 64K' image.qcow2");
+    let image = images.0.path().join("image.qcow2");
+    let disk = open_file(&image).unwrap();
+    // QEMU puts the L2 table behind the L1 table, in the fifth cluster.
+    fs::File::options().write(true).open(&image).unwrap().set_len(4 * 4096).unwrap();
+    for at in [0, 100 << 10] {
+        let error = disk.read_at(&mut [0; 512], at, Wait::Yes).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+        // Whoever reads what it describes is told.
+        assert_eq!(disk.extent_at(at..at + 512, Wait::Yes).unwrap().kind, ExtentKind::Data);
+    }
+}
+
+#[test]
+fn an_image_on_a_block_device_is_read_as_one_in_a_file() {
+    let images = Images::new();
+    let (image, want) = images.make("qemu-img convert -c -f raw -O qcow2 source.raw image.qcow2");
+    let size = image.len().next_multiple_of(1 << 20) as u64;
+    let path = images.0.path().join("image.qcow2");
+    fs::File::options().write(true).open(&path).unwrap().set_len(size).unwrap();
+    let device = LoopDevice::new(&path, &["-r"]);
+    let disk = open_file(device.path()).unwrap();
+    assert!(read_all(&disk) == want);
 }
 
 /// Checks that `answer` is `EAGAIN`, and whether the layer below has left an arrival.
