@@ -60,8 +60,8 @@ use crate::layer::{CopyFn, Wait};
 /// The smallest limit in bytes: what several readers wait for at a time must fit in, or they would fetch
 /// each other's bytes out of the cache.
 const MIN_CAP: u64 = 32 << 20;
-/// The number of units that a cache may have whatever its limit: with one block each, 2 GiB. A unit
-/// takes about 50 bytes of memory.
+/// The number of units that a cache may have whatever its limit: with one block each, 2 GiB. A unit takes
+/// 33 to 66 bytes of memory, so that these are at most 34 MiB.
 const MIN_UNITS: usize = 1 << 19;
 
 /// What happened to a cache since it was opened.
@@ -135,7 +135,8 @@ impl Cache {
 
     /// Opens the cache of the image of `size` bytes with this `identity` in the directory `dir`, which
     /// is made where there is none. All caches of the directory have at most `cap` bytes together. While
-    /// another process uses the cache of the image, this one is temporary; a warning says so.
+    /// another process uses the cache of the image, and where the host has no room for the first few
+    /// bytes, this one is temporary; a warning says so.
     ///
     /// # Errors
     /// [`CacheError`].
@@ -145,7 +146,13 @@ impl Cache {
         size: u64,
         cap: u64,
     ) -> Result<Self, CacheError> {
-        Self::open_limited(dir, identity, size, cap.max(MIN_CAP))
+        match Self::open_limited(dir, identity, size, cap.max(MIN_CAP)) {
+            Err(CacheError::Dir { error, .. }) if host::is_out_of_space(&error) => {
+                log::warn!("read cache '{}': {error}: a temporary file is used", dir.display());
+                Self::temporary(size, cap)
+            }
+            opened => opened,
+        }
     }
 
     fn open_limited(dir: &Path, identity: &[u8], size: u64, cap: u64) -> Result<Self, CacheError> {

@@ -33,7 +33,9 @@ impl CacheRegistry {
         // Held meanwhile, so that no image is opened twice.
         let mut caches = self.caches.lock();
         caches.retain(|_, cache| cache.strong_count() > 0);
-        let key = (dir.map(Path::to_owned), identity.to_vec(), size);
+        // A directory that does not exist yet is known by the path that was given.
+        let real = dir.map(|dir| dir.canonicalize().unwrap_or_else(|_| dir.to_owned()));
+        let key = (real, identity.to_vec(), size);
         if let Some(cache) = caches.get(&key).and_then(Weak::upgrade) {
             return Ok(cache);
         }

@@ -11,7 +11,7 @@ use crate::host;
 use crate::remote::BLOCK_SIZE;
 
 /// The number of units that are chosen at a time to be evicted next: all units are looked at for it.
-const VICTIMS: usize = 1024;
+const VICTIMS: usize = 4096;
 
 impl Cache {
     /// Keeps `bytes`, those of the image from `offset` on. Only whole blocks count, and the rest of the
@@ -43,7 +43,11 @@ impl Cache {
     /// the file has them now.
     fn store_in_unit(&self, unit: u64, piece: &Range<u64>, bytes: &[u8]) -> bool {
         let mut stored = self.try_store(unit, piece, bytes);
-        if stored.as_ref().is_err_and(host::is_out_of_space) {
+        // A file that cannot be so large has no more room after an eviction.
+        let is_full = |error: &io::Error| {
+            host::is_out_of_space(error) && error.raw_os_error() != Some(libc::EFBIG)
+        };
+        if stored.as_ref().is_err_and(is_full) {
             // Room for this unit twice: the host needs some for its own tables too. A cache that is small
             // already keeps what it has, which is what others wait for.
             let is_small = self.units.blocks() * BLOCK_SIZE <= MIN_CAP;

@@ -85,14 +85,15 @@ impl Units {
         }
     }
 
-    /// Returns the blocks of `unit` that are present.
+    /// Returns the blocks of `unit` that are present. Waits for changes of the map alone, not for slow
+    /// readers for whom a change waits.
     pub(super) fn present(&self, unit: u64) -> u64 {
-        self.shards[shard_of(unit)].read().get(&unit).map_or(0, |found| found.present)
+        self.shards[shard_of(unit)].read_recursive().get(&unit).map_or(0, |found| found.present)
     }
 
     /// Returns the blocks of `unit` that must be compared first.
     pub(super) fn unverified(&self, unit: u64) -> u64 {
-        self.shards[shard_of(unit)].read().get(&unit).map_or(0, |found| found.unverified)
+        self.shards[shard_of(unit)].read_recursive().get(&unit).map_or(0, |found| found.unverified)
     }
 
     /// Does the same as [`lock_writes`](Self::lock_writes), but never waits under [`Wait::No`].

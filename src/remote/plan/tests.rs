@@ -283,6 +283,32 @@ fn a_boot_fetches_at_most_twice_what_it_touches() {
 }
 
 #[test]
+fn the_kernels_next_read_ahead_is_in_what_is_fetched() {
+    let mut planner = Planner::new(limits(1 << 30));
+    let blocks = Blocks::new(1 << 30);
+    let mut numbers = Numbers(5);
+    for _ in 0..100 {
+        let at = numbers.below((1 << 29) / BLOCK_SIZE) * BLOCK_SIZE;
+        planner.on_read(&(at..at + BLOCK_SIZE), |range| blocks.missing(&range, 1 << 30));
+    }
+    // Random reads have made the guess small, and nothing of what was asked for has come.
+    let mut file = Reader::new();
+    read_file(700 * MIB, 2 * MIB, &mut file);
+    let (mut blocks, mut end) = (Blocks::new(1 << 30), 0);
+    for (at, read) in file.iter().enumerate() {
+        let fetches = planner.on_read(read, |range| blocks.missing(&range, 1 << 30));
+        // The first read says nothing of a second one; the second says that there is a third.
+        assert_eq!(fetches.demand.len(), usize::from(at < 2), "{at}: {read:?} {fetches:?}");
+        for range in fetches.demand.iter().chain(&fetches.ahead) {
+            blocks.set(range, Block::Coming);
+            end = range.end;
+        }
+        let next = file.get(at + 1).map_or(0, |next| next.end);
+        assert!(at == 0 || end >= next, "{at}: {end} {next}");
+    }
+}
+
+#[test]
 fn random_reads_do_not_disturb_a_sequential_reader() {
     let mut numbers = Numbers(9);
     let mut random = Reader::new();

@@ -126,41 +126,39 @@ proptest! {
     }
 }
 
-#[test]
-fn no_reader_sees_a_wrong_byte_while_others_store_and_evict() {
-    const SIZE: u64 = 16 << 20;
-    const ROUNDS: u64 = 400;
-    // A quarter of the image has room, so that units come and go all the time.
-    let cache = small_cache(SIZE, 4 << 20);
+/// Stores and reads at random places of an image of `size` bytes, with three threads each; every byte
+/// that is found is checked. Returns how many bytes were found.
+fn store_and_read_at_once(cache: &Cache, image: u64, size: u64, rounds: u64) -> usize {
     let (found, writers_done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let next = |at: u64| at.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695);
     thread::scope(|scope| {
         for writer in 0..3u64 {
-            let (cache, writers_done) = (&cache, &writers_done);
+            let writers_done = &writers_done;
             scope.spawn(move || {
                 let mut at = writer * 7919;
-                for _ in 0..ROUNDS {
-                    at = at.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695);
-                    let start = (at >> 20) % (SIZE / BLOCK_SIZE) * BLOCK_SIZE;
+                for _ in 0..rounds {
+                    at = next(at);
+                    let start = (at >> 20) % (size / BLOCK_SIZE) * BLOCK_SIZE;
                     let len = (1 + (at >> 50) % 100) * BLOCK_SIZE;
-                    let range = start..(start + len).min(SIZE);
-                    cache.store(start, bytes_of(2, range), Urgency::Demand);
+                    let range = start..(start + len).min(size);
+                    cache.store(start, bytes_of(image, range), Urgency::Demand);
                 }
                 writers_done.fetch_add(1, Ordering::Relaxed);
             });
         }
         for reader in 0..3u64 {
-            let (cache, found, writers_done) = (&cache, &found, &writers_done);
+            let (found, writers_done) = (&found, &writers_done);
             scope.spawn(move || {
                 let mut at = reader + 17;
                 for round in 0u64.. {
                     if writers_done.load(Ordering::Relaxed) == 3 {
                         break;
                     }
-                    at = at.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695);
-                    let start = (at >> 20) % SIZE;
+                    at = next(at);
+                    let start = (at >> 20) % size;
                     let range = start..start + 1 + (at >> 45) % 70_000;
                     let wait = if round % 3 == 0 { Wait::Yes } else { Wait::No };
-                    match checked_read(cache, 2, range, wait) {
+                    match checked_read(cache, image, range, wait) {
                         Ok(len) => drop(found.fetch_add(len, Ordering::Relaxed)),
                         Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EAGAIN)),
                     }
@@ -168,12 +166,34 @@ fn no_reader_sees_a_wrong_byte_while_others_store_and_evict() {
             });
         }
     });
-    let counters = cache.counters();
-    assert!(found.into_inner() > 1 << 20 && counters.evicted_bytes > 10 << 20, "{counters:?}");
-    assert!(counters.present_bytes <= 4 << 20, "{counters:?}");
     let mut present = 0;
     cache.units.for_each(|_, unit| present += u64::from(unit.present.count_ones()) * BLOCK_SIZE);
-    assert_eq!(present, counters.present_bytes);
+    assert_eq!(present, cache.counters().present_bytes);
+    found.into_inner()
+}
+
+#[test]
+fn no_reader_sees_a_wrong_byte_while_others_store_and_evict() {
+    // A quarter of the image has room, so that units come and go all the time.
+    let cache = small_cache(16 << 20, 4 << 20);
+    let found = store_and_read_at_once(&cache, 2, 16 << 20, 400);
+    let counters = cache.counters();
+    assert!(found > 1 << 20 && counters.evicted_bytes > 10 << 20, "{counters:?}");
+    assert!(counters.present_bytes <= 4 << 20, "{counters:?}");
+}
+
+#[test]
+fn the_number_of_units_is_limited_too() {
+    let mut cache = small_cache(1 << 40, 1 << 30);
+    cache.max_units = 100;
+    for at in 0..1000 {
+        let start = at * 7_919 * UNIT_SIZE % (1 << 40);
+        cache.store(start, bytes_of(3, start..start + BLOCK_SIZE), Urgency::Demand);
+        assert_eq!(checked_read(&cache, 3, start..start + 1, Wait::Yes).unwrap(), 1);
+    }
+    assert_eq!((cache.units.count(), cache.counters().present_bytes), (100, 100 * BLOCK_SIZE));
+    // What MIN_UNITS is reckoned with.
+    assert_eq!(size_of::<(u64, Unit)>(), 32);
 }
 
 #[test]

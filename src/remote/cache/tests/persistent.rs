@@ -382,3 +382,43 @@ fn a_map_of_any_length_is_read_within_bounds() {
     assert!(fs::metadata(&map).unwrap().len() < 8 << 20);
     assert_eq!(read_all(&cache), 64 << 10);
 }
+
+#[test]
+fn threads_find_only_right_bytes_in_a_damaged_cache() {
+    const SIZE: u64 = 16 << 20;
+    let room = room();
+    let open = || Cache::open_limited(room.path(), b"image", SIZE, 12 << 20).unwrap();
+    let cache = open();
+    for at in (0..SIZE).step_by(1 << 20) {
+        cache.store(at, bytes_of(1, at..at + (1 << 20)), Urgency::Ahead);
+    }
+    drop(cache);
+    let data = File::options().write(true).open(file_of(room.path(), "data")).unwrap();
+    for at in (100_000..SIZE).step_by(300_000) {
+        data.write_all_at(b"not what was fetched", at).unwrap();
+    }
+    let cache = open();
+    let found = store_and_read_at_once(&cache, 1, SIZE, 150);
+    let counters = cache.counters();
+    assert!(found > 1 << 20 && counters.dropped_bytes > 0, "{counters:?}");
+    assert!(counters.present_bytes <= 12 << 20 && counters.evicted_bytes > 0, "{counters:?}");
+}
+
+#[test]
+fn a_full_host_costs_only_the_persistence() {
+    let fs = small_fs(8 << 20);
+    let dir = fs.mounted.path().join("cache");
+    drop(Cache::open(&dir, b"first", SIZE, CAP).unwrap());
+    let other = File::create(fs.mounted.path().join("other")).unwrap();
+    let mut taken = 0;
+    for len in [65536, 4096, 512] {
+        while host::write_all_at(&other, &[io::IoSlice::new(&vec![1; len])], taken).is_ok() {
+            taken += len as u64;
+        }
+    }
+    let cache = Cache::open(&dir, b"second", SIZE, CAP).unwrap();
+    assert!(!cache.is_persistent());
+    store(&cache, 0..SIZE);
+    assert_eq!(read_all(&cache), SIZE);
+    drop((cache, other));
+}
