@@ -67,7 +67,7 @@ pub mod part_file;
 mod pool;
 mod printable;
 pub mod process;
-mod remote;
+pub mod remote;
 mod store;
 pub mod stream;
 pub mod transfer;

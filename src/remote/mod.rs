@@ -13,5 +13,8 @@ mod nbd;
 mod plan;
 mod transport;
 
+#[doc(hidden)]
+pub use nbd::fuzzing;
+
 /// Bytes in a block: the unit in which the cache knows what is there.
 const BLOCK_SIZE: u64 = 4096;

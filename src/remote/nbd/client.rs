@@ -221,7 +221,7 @@ impl Transport for NbdClient {
         let is_valid = self.is_inside(&range)
             && range.end - range.start <= u64::from(self.shared.limits.max_len);
         match is_valid {
-            true => self.shared.begin(Operation::Read { range, done }),
+            true => self.shared.begin(Operation::Read { range, have: Vec::new(), done }),
             false => done(Err(os_error(libc::EINVAL))),
         }
     }
@@ -392,7 +392,7 @@ impl Shared {
     /// Runs the connection at `at` until it is lost, and takes its requests back.
     fn run(&self, at: usize, connection: &Connection) -> String {
         let began = Instant::now();
-        let why = connection.run(&self.export, |events| self.deliver(events));
+        let (why, partial) = connection.run(&self.export, |events| self.deliver(events));
         connection.shut_down();
         if !self.stop.is_stopped() {
             log::debug!(
@@ -402,7 +402,7 @@ impl Shared {
             );
         }
         self.update(|state| {
-            let failed = state.lose(at);
+            let failed = state.lose(at, partial, self.limits.alignment);
             let is_last = state.slots.iter().all(|slot| slot.connection.is_none());
             if is_last && state.latch.is_none() {
                 state.outage = Some(Outage { since: Instant::now(), why: why.clone() });

@@ -158,19 +158,32 @@ impl Connection {
         self.began + std::time::Duration::from_millis(self.heard_ms.load(Ordering::Relaxed))
     }
 
-    /// Returns whether a request was answered.
+    /// Returns whether a request was answered, at least in part.
     pub(super) fn has_answered(&self) -> bool {
         self.has_answered.load(Ordering::Relaxed)
     }
 
-    /// Receives replies until the connection ends, and returns why it did. `deliver` takes what is
-    /// answered; when it returns a reason, that ends the connection.
+    /// Receives replies until the connection ends; returns why it did, and the beginnings of reads that
+    /// have come. `deliver` takes what is answered; when it returns a reason, that ends the connection.
     pub(super) fn run(
         &self,
         export: &Export,
+        deliver: impl FnMut(&mut Vec<Event>) -> Option<String>,
+    ) -> (String, Vec<(u64, Vec<u8>)>) {
+        let mut replies = Replies::new(export.headers, export.allocation);
+        let why = self.receive(&mut replies, deliver);
+        let partial = replies.into_partial();
+        if !partial.is_empty() {
+            self.has_answered.store(true, Ordering::Relaxed);
+        }
+        (why, partial)
+    }
+
+    fn receive(
+        &self,
+        replies: &mut Replies,
         mut deliver: impl FnMut(&mut Vec<Event>) -> Option<String>,
     ) -> String {
-        let mut replies = Replies::new(export.headers, export.allocation);
         let mut buf = vec![0; RECEIVE_BUFFER];
         let mut events = Vec::new();
         loop {

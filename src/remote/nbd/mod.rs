@@ -19,6 +19,7 @@ mod codec;
 mod connection;
 mod error;
 mod exec;
+pub mod fuzzing;
 mod link;
 mod request;
 mod server;

@@ -17,8 +17,10 @@ pub(super) const MAX_ZERO: u64 = 256 << 20;
 
 /// What is asked for.
 pub(super) enum Operation {
+    /// `have` came before an earlier connection was lost.
     Read {
         range: Range<u64>,
+        have: Vec<u8>,
         done: ReadDone,
     },
     /// The server is asked for `query`, whole blocks around `asked`.
@@ -77,8 +79,9 @@ impl Operation {
     /// Returns what is sent: the command, its range, what it is to bring, and its payload.
     pub(super) fn message(&self) -> (Command, Range<u64>, Expected, Option<Arc<Vec<u8>>>) {
         match self {
-            Self::Read { range, .. } => {
-                (Command::Read, range.clone(), Expected::Bytes(range.clone()), None)
+            Self::Read { range, have, .. } => {
+                let rest = range.start + have.len() as u64..range.end;
+                (Command::Read, rest.clone(), Expected::Bytes(rest), None)
             }
             Self::Extents { query, .. } => {
                 (Command::BlockStatus, query.clone(), Expected::Extents(query.clone()), None)
@@ -93,6 +96,20 @@ impl Operation {
                 (command, piece, Expected::Done, None)
             }
             Self::Flush { .. } => (Command::Flush, 0..0, Expected::Done, None),
+        }
+    }
+
+    /// Keeps the beginning of what a read is to bring, in whole blocks, so that each connection brings a
+    /// read further, however short it lasts.
+    pub(super) fn keep(&mut self, mut bytes: Vec<u8>, block: u32) {
+        if let Self::Read { range, have, .. } = self {
+            let total = have.len() + bytes.len();
+            let whole = total - total % usize::try_from(block).unwrap_or(1).max(1);
+            // All of it would be a complete read; a block is asked for once more then.
+            if whole > have.len() && (whole as u64) < range.end - range.start {
+                bytes.truncate(whole - have.len());
+                have.extend(bytes);
+            }
         }
     }
 
@@ -113,7 +130,13 @@ impl Operation {
     /// Ends the request with what it brought.
     pub(super) fn succeed(self, answer: Answer) -> Outcome {
         match (self, answer) {
-            (Self::Read { done, .. }, Answer::Bytes(bytes)) => Outcome::Read(done, Ok(bytes)),
+            (Self::Read { have, done, .. }, Answer::Bytes(bytes)) if have.is_empty() => {
+                Outcome::Read(done, Ok(bytes))
+            }
+            (Self::Read { mut have, done, .. }, Answer::Bytes(bytes)) => {
+                have.extend(bytes);
+                Outcome::Read(done, Ok(have))
+            }
             (Self::Extents { asked, done, .. }, Answer::Extents(extents)) => {
                 Outcome::Extents(done, Ok(clip(&extents, &asked)))
             }

@@ -194,8 +194,19 @@ impl State {
     }
 
     /// Takes the requests of a lost connection back into the queue, before the others and in their
-    /// order. Returns those that cannot be asked again.
-    pub(super) fn lose(&mut self, at: usize) -> Vec<Outcome> {
+    /// order. Reads keep what has come of them, `partial`, in whole blocks of `block` bytes. Returns those
+    /// that cannot be asked again.
+    pub(super) fn lose(
+        &mut self,
+        at: usize,
+        partial: Vec<(u64, Vec<u8>)>,
+        block: u32,
+    ) -> Vec<Outcome> {
+        for (cookie, bytes) in partial {
+            if let Some(request) = self.requests.get_mut(&cookie) {
+                request.operation.keep(bytes, block);
+            }
+        }
         if let Some(slot) = self.slots.get_mut(at) {
             slot.connection = None;
         }

@@ -58,6 +58,11 @@ impl Coverage {
         }
     }
 
+    /// Returns the length of what has come from the start on without a gap.
+    pub(super) fn prefix(&self) -> usize {
+        self.0.first().filter(|range| range.start == 0).map_or(0, |range| range.end)
+    }
+
     /// Returns whether all of `0..len` has come.
     pub(super) fn is_complete(&self, len: usize) -> bool {
         matches!(self.0.as_slice(), [range] if *range == (0..len))
@@ -95,6 +100,8 @@ mod tests {
                 if !overlaps {
                     came[piece].fill(true);
                 }
+                let prefix = came.iter().take_while(|came| **came).count();
+                prop_assert_eq!(coverage.prefix(), prefix);
                 for len in 1..48 {
                     let is_complete = came[..len].iter().all(|came| *came) && !came[len..].iter().any(|came| *came);
                     prop_assert_eq!(coverage.is_complete(len), is_complete);

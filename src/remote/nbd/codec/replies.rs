@@ -180,6 +180,34 @@ impl Replies {
         Ok(())
     }
 
+    /// Ends the connection: returns, by cookie, the bytes from the start of each read on that have come
+    /// without a gap, so that they need not be sent again.
+    pub(crate) fn into_partial(mut self) -> Vec<(u64, Vec<u8>)> {
+        // What the last chunk was to bring is counted when it begins.
+        let mut end_of_last = None;
+        match self.state {
+            State::Data { chunk, at } => {
+                end_of_last = Some((chunk.cookie, at));
+                self.pending.insert(chunk.cookie, chunk.pending);
+            }
+            State::Skip { chunk } | State::Prefix { chunk, .. } => {
+                self.pending.insert(chunk.cookie, chunk.pending);
+            }
+            State::Header | State::Status { .. } => {}
+        }
+        let pending = self.pending.into_iter().filter(|(_, pending)| pending.failure.is_none());
+        let partial = pending.filter_map(|(cookie, pending)| {
+            let Content::Bytes { mut buf, covered, .. } = pending.content else { return None };
+            let mut len = covered.prefix().min(buf.len());
+            if let Some((_, at)) = end_of_last.filter(|(last, at)| *last == cookie && *at < len) {
+                len = at;
+            }
+            buf.truncate(len);
+            (len > 0).then_some((cookie, buf))
+        });
+        partial.collect()
+    }
+
     /// Takes bytes of the server, in pieces of any length, and adds what is answered to `events`.
     pub(crate) fn feed(
         &mut self,

@@ -1,5 +1,6 @@
 //! A proxy between the client and a real server that cuts, stalls and refuses.
 
+use std::fs;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -73,6 +74,7 @@ impl Drop for Proxy {
     fn drop(&mut self) {
         self.control.stop.store(true, Ordering::SeqCst);
         let _ = UnixStream::connect(&self.socket);
+        let _ = fs::remove_file(&self.socket);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

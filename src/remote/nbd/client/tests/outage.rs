@@ -11,13 +11,13 @@ fn connections_cut_in_the_middle_of_replies_cost_no_byte() {
     let image = Image::new();
     // nbdkit 1.32.5 aborts now and then when a connection ends under several of its threads.
     let _server = image.qemu_nbd(&["--persistent", "-r", "--shared=0"]);
-    for cut_after in [131_072 + 77, 90_000, 70_001] {
+    // The last ones are too short for one whole read.
+    for cut_after in [131_072 + 77, 70_001, 20_011, 2_999] {
         let proxy = Proxy::new(&image.socket());
         let client = open(&proxy.socket, "vm", options());
         proxy.control.cut_after.store(cut_after, Ordering::SeqCst);
         assert!(read_all(&client, 65_536) == image.bytes, "cut after {cut_after} bytes");
-        assert!(proxy.control.connections.load(Ordering::SeqCst) > 3);
-        fs::remove_file(&proxy.socket).unwrap();
+        assert!(proxy.control.connections.load(Ordering::SeqCst) > 2);
     }
 }
 

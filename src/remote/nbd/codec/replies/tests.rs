@@ -351,4 +351,33 @@ proptest! {
             prop_assert_eq!(bytes.len(), whole.len());
         }
     }
+
+    #[test]
+    fn a_cut_leaves_the_bytes_before_the_first_gap(plan in plans(), at in any::<prop::sample::Index>()) {
+        let (chunks, whole) = chunks_of(&plan, Headers::Structured, 1);
+        let stream = chunks.concat();
+        let mut replies = Replies::new(Headers::Structured, None);
+        replies.expect(1, Expected::Bytes(plan.start..plan.start + whole.len() as u64));
+        let mut events = Vec::new();
+        replies.feed(&stream[..at.index(stream.len())], &mut events).unwrap();
+        prop_assert!(events.is_empty());
+        // What came, byte by byte: a hole counts when its chunk is there.
+        let mut came = vec![false; whole.len()];
+        let mut left = at.index(stream.len());
+        for (sent, piece) in plan.order.iter().enumerate() {
+            let start: usize = plan.pieces[..*piece].iter().map(|(bytes, _)| bytes.len()).sum();
+            let (bytes, is_hole) = &plan.pieces[*piece];
+            let taken = left.min(chunks[sent].len());
+            left -= taken;
+            let len = match is_hole {
+                true if taken == chunks[sent].len() => bytes.len(),
+                true => 0,
+                false => taken.saturating_sub(28),
+            };
+            came[start..start + len].fill(true);
+        }
+        let prefix = came.iter().take_while(|came| **came).count();
+        let expected = if prefix == 0 { vec![] } else { vec![(1, whole[..prefix].to_vec())] };
+        prop_assert_eq!(replies.into_partial(), expected);
+    }
 }
