@@ -139,7 +139,7 @@ impl Connection {
                 outgoing.queue.pop_front();
             }
         }
-        Ok(())
+        self.link.finish_send()
     }
 
     /// Makes [`run`](Self::run) return.

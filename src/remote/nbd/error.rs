@@ -21,6 +21,10 @@ pub(crate) enum NbdError {
     Broken(String),
     #[error(transparent)]
     Handshake(#[from] HandshakeError),
+    #[error("TLS failed: {0}")]
+    Tls(String),
+    #[error("TLS cannot be used: {0}")]
+    TlsSettings(String),
     /// The program that is to be the server.
     #[error("{0}")]
     Program(String),
@@ -48,7 +52,12 @@ impl NbdError {
             Self::Connect { errno, .. } => errno.is_some_and(is_passing),
             Self::Handshake(error) => error.is_transient(),
             Self::Timeout(_) | Self::Broken(_) | Self::Differs(_) => true,
-            Self::Program(_) | Self::ReadOnly | Self::Changed(_) | Self::Stopped => false,
+            Self::Tls(_)
+            | Self::TlsSettings(_)
+            | Self::Program(_)
+            | Self::ReadOnly
+            | Self::Changed(_)
+            | Self::Stopped => false,
         }
     }
 }

@@ -76,7 +76,7 @@ fn take_replies<'a>(choice: u8, pieces: impl Iterator<Item = &'a [u8]>) {
             match (waiting.remove(&event.cookie), event.result) {
                 (None, _) => panic!("an answer to no request"),
                 (Some(_), Err(failure)) => {
-                    assert!(failure.errno > 0 && !failure.text.contains('\n'))
+                    assert!(failure.errno > 0 && !failure.text.contains('\n'));
                 }
                 (Some(Expected::Bytes(range)), Ok(Answer::Bytes(bytes))) => {
                     assert_eq!(bytes.len() as u64, range.end - range.start);

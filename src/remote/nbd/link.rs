@@ -1,6 +1,6 @@
 //! One connected socket, which never blocks, and the handshake on it.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -8,6 +8,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rustix::event::{PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::addr::SocketAddrArg;
@@ -19,6 +20,7 @@ use rustix::net::{
 use super::codec::export::Export;
 use super::codec::handshake::{Handshake, Progress};
 use super::error::NbdError;
+use super::tls::{TakeError, TlsSession, TlsSettings};
 use crate::stream::stop::Stop;
 
 /// A peer that vanished without a word is found after 10 s + 3 probes of 5 s when nothing is sent,
@@ -75,9 +77,13 @@ impl Deadline {
     }
 }
 
-/// A connected socket.
+/// A connected socket, encrypted or not.
 #[derive(Debug)]
-pub(super) struct Link(OwnedFd);
+pub(super) struct Link {
+    socket: OwnedFd,
+    /// Locked while the socket takes or gives bytes, which never waits.
+    tls: Option<Mutex<TlsSession>>,
+}
 
 impl Link {
     /// Connects to the first address of `host` that answers.
@@ -97,7 +103,7 @@ impl Link {
                 Ok(fd) => {
                     // Without them the connection is only slower, or dies later.
                     let _ = set_tcp_options(&fd);
-                    return Ok(Self(fd));
+                    return Ok(Self { socket: fd, tls: None });
                 }
                 Err(NbdError::Stopped) => return Err(NbdError::Stopped),
                 Err(error) => failed = Some(error),
@@ -115,37 +121,86 @@ impl Link {
             None => SocketAddrUnix::new(path),
         };
         let address = address.map_err(|error| NbdError::connect(&error.into()))?;
-        Ok(Self(open_socket(AddressFamily::UNIX, &address, deadline)?))
+        let socket = open_socket(AddressFamily::UNIX, &address, deadline)?;
+        Ok(Self { socket, tls: None })
     }
 
-    /// Sends as much of `parts` as the socket takes now.
+    /// Sends as much of `parts` as the socket takes now. With TLS, some of it may wait for
+    /// [`finish_send`](Self::finish_send).
     ///
     /// # Errors
     /// `EAGAIN` when that is nothing; the errno of sendmsg(2).
     pub(super) fn send(&self, parts: &[IoSlice<'_>]) -> Result<usize, Errno> {
-        let send =
-            || sendmsg(&self.0, parts, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL);
-        rustix::io::retry_on_intr(send)
+        match &self.tls {
+            None => send_to(&self.socket, parts),
+            Some(tls) => tls.lock().send(parts, &mut Raw(&self.socket)),
+        }
+    }
+
+    /// Sends what TLS still holds of what was sent.
+    ///
+    /// # Errors
+    /// `EAGAIN` when some is left; the errno of sendmsg(2).
+    pub(super) fn finish_send(&self) -> Result<(), Errno> {
+        match &self.tls {
+            None => Ok(()),
+            Some(tls) => tls.lock().flush(&mut Raw(&self.socket)),
+        }
     }
 
     /// Takes what has come into `parts`; 0 at the end of the connection.
     ///
     /// # Errors
-    /// `EAGAIN` when that is nothing; the errno of readv(2).
+    /// `EAGAIN` when that is nothing; `EPROTO` when it is not what TLS expects; the errno of readv(2).
     pub(super) fn receive(&self, parts: &mut [IoSliceMut<'_>]) -> Result<usize, Errno> {
-        rustix::io::retry_on_intr(|| rustix::io::readv(&self.0, parts))
+        match &self.tls {
+            None => rustix::io::retry_on_intr(|| rustix::io::readv(&self.socket, parts)),
+            Some(tls) => tls.lock().receive(parts, &mut Raw(&self.socket)),
+        }
+    }
+
+    /// Encrypts the connection.
+    fn start_tls(&mut self, settings: &TlsSettings, deadline: &Deadline) -> Result<(), NbdError> {
+        let mut session = TlsSession::new(settings)?;
+        let mut raw = Raw(&self.socket);
+        while session.is_handshaking() || session.wants_write() {
+            match session.flush(&mut raw) {
+                Ok(()) => {}
+                Err(Errno::AGAIN) => deadline.wait_for(self.socket.as_fd(), PollFlags::OUT)?,
+                Err(error) => return Err(broken(error)),
+            }
+            if !session.is_handshaking() {
+                continue;
+            }
+            match session.take(&mut raw) {
+                Ok(0) => return Err(NbdError::Tls("the server closed the connection".to_owned())),
+                Ok(_) => {}
+                Err(TakeError::Socket(Errno::AGAIN)) => {
+                    deadline.wait_for(self.socket.as_fd(), PollFlags::IN)?;
+                }
+                Err(TakeError::Socket(error)) => return Err(broken(error)),
+                Err(TakeError::Tls(text)) => {
+                    // The server is told why, if it listens.
+                    let _ = session.flush(&mut raw);
+                    return Err(NbdError::Tls(text));
+                }
+            }
+        }
+        self.tls = Some(Mutex::new(session));
+        Ok(())
     }
 
     /// Ends the connection, so that every wait for it ends.
     pub(super) fn shut_down(&self) {
         // It may have ended already.
-        let _ = shutdown(&self.0, Shutdown::Both);
+        let _ = shutdown(&self.socket, Shutdown::Both);
     }
 
-    /// Does the handshake.
+    /// Does the handshake; with TLS where it asks for that.
     pub(super) fn negotiate(
         &mut self,
         mut handshake: Handshake,
+        tls: Option<&TlsSettings>,
         deadline: &Deadline,
     ) -> Result<Export, NbdError> {
         let mut buf = [0; 4096];
@@ -159,7 +214,9 @@ impl Link {
                 Progress::MoreInput => {}
                 Progress::Done(export) => return Ok(*export),
                 Progress::StartTls => {
-                    return Err(NbdError::Broken("this build has no TLS".to_owned()));
+                    let missing = || NbdError::TlsSettings("there are no settings".to_owned());
+                    self.start_tls(tls.ok_or_else(missing)?, deadline)?;
+                    handshake.start_options();
                 }
             }
         }
@@ -170,13 +227,19 @@ impl Link {
         while !bytes.is_empty() {
             match self.send(&[IoSlice::new(bytes)]) {
                 Ok(sent) => bytes = bytes.get(sent..).unwrap_or_default(),
-                Err(Errno::AGAIN) => deadline.wait_for(self.0.as_fd(), PollFlags::OUT)?,
+                Err(Errno::AGAIN) => deadline.wait_for(self.socket.as_fd(), PollFlags::OUT)?,
                 // The server's last words may still be there to be read.
                 Err(Errno::PIPE | Errno::CONNRESET) => return Ok(()),
                 Err(error) => return Err(broken(error)),
             }
         }
-        Ok(())
+        loop {
+            match self.finish_send() {
+                Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => return Ok(()),
+                Err(Errno::AGAIN) => deadline.wait_for(self.socket.as_fd(), PollFlags::OUT)?,
+                Err(error) => return Err(broken(error)),
+            }
+        }
     }
 
     /// Receives some bytes; 0 at the end of the connection.
@@ -188,7 +251,7 @@ impl Link {
         loop {
             match self.receive(&mut [IoSliceMut::new(buf)]) {
                 Ok(received) => return Ok(received),
-                Err(Errno::AGAIN) => deadline.wait_for(self.0.as_fd(), PollFlags::IN)?,
+                Err(Errno::AGAIN) => deadline.wait_for(self.socket.as_fd(), PollFlags::IN)?,
                 Err(Errno::CONNRESET) => return Ok(0),
                 Err(error) => return Err(broken(error)),
             }
@@ -198,7 +261,31 @@ impl Link {
 
 impl AsFd for Link {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
+    }
+}
+
+fn send_to(socket: &OwnedFd, parts: &[IoSlice<'_>]) -> Result<usize, Errno> {
+    let mut nothing = SendAncillaryBuffer::default();
+    rustix::io::retry_on_intr(|| sendmsg(socket, parts, &mut nothing, SendFlags::NOSIGNAL))
+}
+
+/// The socket below TLS.
+struct Raw<'a>(&'a OwnedFd);
+
+impl Read for Raw<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::io::retry_on_intr(|| rustix::io::read(self.0, &mut *buf))?)
+    }
+}
+
+impl Write for Raw<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        Ok(send_to(self.0, &[IoSlice::new(buf)])?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@
 //!     ├── connection          one connection in use, and its thread
 //!     └── server              makes connections, and checks that they lead to the same image
 //!           ├── link          a socket, and the handshake on it
+//!           ├── tls           the same, encrypted
 //!           └── exec          a program that becomes the server
 //!   codec     the protocol without I/O
 //! ```
@@ -26,9 +27,11 @@ mod server;
 mod state;
 #[cfg(test)]
 mod testing;
+mod tls;
 mod uri;
 
 pub(crate) use client::{Access, NbdClient, NbdHealth, NbdOpenError, NbdOptions};
 pub(crate) use error::NbdError;
 pub(crate) use server::{IdentityCheck, ReadRanges};
+pub(crate) use tls::TlsFiles;
 pub(crate) use uri::{NbdTarget, NbdUriError};

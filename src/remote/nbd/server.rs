@@ -10,12 +10,13 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::codec::export::Export;
-use super::codec::handshake::Handshake;
+use super::codec::handshake::{Handshake, Tls};
 use super::codec::replies::{Answer, Expected, Replies};
 use super::codec::request::{Command, encode};
 use super::error::NbdError;
 use super::exec::ExecServer;
 use super::link::{Deadline, Link};
+use super::tls::{TlsFiles, TlsSettings};
 use super::uri::{Address, NbdTarget};
 use crate::host::{os_error, os_message};
 use crate::stream::stop::Stop;
@@ -40,17 +41,31 @@ pub(super) struct Opened {
 pub(super) struct Server {
     target: NbdTarget,
     program: Option<Mutex<ExecServer>>,
+    tls: Option<TlsSettings>,
     stop: Stop,
 }
 
 impl Server {
     /// Names the server `target`; a program is run in `dir`.
-    pub(super) fn new(target: &NbdTarget, dir: &Path, stop: Stop) -> Self {
+    pub(super) fn new(
+        target: &NbdTarget,
+        dir: &Path,
+        tls: &TlsFiles,
+        stop: Stop,
+    ) -> Result<Self, NbdError> {
         let program = match &target.address {
             Address::Exec(words) => Some(Mutex::new(ExecServer::new(words.clone(), dir))),
             Address::Tcp { .. } | Address::Unix(_) => None,
         };
-        Self { target: target.clone(), program, stop }
+        let tls = match (&target.verified_name(), target.tls) {
+            (_, Tls::No) => None,
+            (Some(name), Tls::Required) => Some(tls.load(name)?),
+            (None, Tls::Required) => {
+                let text = "the name in the server's certificate is missing: add tls-hostname=NAME";
+                return Err(NbdError::TlsSettings(text.to_owned()));
+            }
+        };
+        Ok(Self { target: target.clone(), program, tls, stop })
     }
 
     /// Opens a connection within `time`.
@@ -66,7 +81,9 @@ impl Server {
             (Address::Exec(_), None) => return Err(NbdError::Stopped),
         };
         let handshake = Handshake::new(&self.target.export, self.target.tls);
-        let export = link.negotiate(handshake, &deadline).map_err(|error| self.explain(error))?;
+        let export = link
+            .negotiate(handshake, self.tls.as_ref(), &deadline)
+            .map_err(|error| self.explain(error))?;
         Ok(Opened { link, export })
     }
 

@@ -44,6 +44,8 @@ pub(crate) struct NbdTarget {
     pub(crate) export: String,
     /// Whether the connection must be encrypted.
     pub(crate) tls: Tls,
+    /// The name that the server's certificate must have, when it is not that of the host.
+    pub(crate) tls_name: Option<String>,
 }
 
 /// The reason why a source names no NBD server.
@@ -69,7 +71,12 @@ pub(crate) enum NbdUriError {
     NoSocket(&'static str),
     #[error("the path of a Unix socket has at most 107 bytes")]
     SocketTooLong,
-    #[error("'{0}' is no parameter of an NBD URI here: only socket=PATH of a Unix socket is")]
+    #[error("tls-hostname= is the name in the certificate of the server")]
+    TlsName,
+    #[error(
+        "'{0}' is no parameter of an NBD URI here: socket=PATH of a Unix socket and tls-hostname=NAME \
+         with TLS are"
+    )]
     Parameter(String),
     #[error("a URI has no part after '#': write %23 for that character")]
     Fragment,
@@ -111,7 +118,7 @@ impl NbdTarget {
         let bytes = source.as_bytes();
         if let Some(line) = bytes.strip_prefix(EXEC_SCHEME) {
             let address = Address::Exec(parse_command(OsStr::from_bytes(line))?);
-            return Ok(Self { address, export: String::new(), tls: Tls::No });
+            return Ok(Self { address, export: String::new(), tls: Tls::No, tls_name: None });
         }
         let (scheme, kind, tls, rest) = scheme_of(bytes).ok_or(NbdUriError::Scheme)?;
         if rest.contains(&b'#') {
@@ -126,13 +133,22 @@ impl NbdTarget {
         if authority.contains(&b'@') {
             return Err(NbdUriError::UserInfo);
         }
-        let socket = socket_of(query, kind)?;
+        let (socket, tls_name) = parameters(query, kind, tls)?;
         let address = match kind {
             Kind::Tcp => parse_authority(authority, scheme)?,
             Kind::Unix if !authority.is_empty() => return Err(NbdUriError::HostOfSocket(scheme)),
             Kind::Unix => Address::Unix(socket.ok_or(NbdUriError::NoSocket(scheme))?),
         };
-        Ok(Self { address, export, tls })
+        Ok(Self { address, export, tls, tls_name })
+    }
+
+    /// Returns the name that the server's certificate must have.
+    pub(super) fn verified_name(&self) -> Option<&str> {
+        match (&self.tls_name, &self.address) {
+            (Some(name), _) => Some(name),
+            (None, Address::Tcp { host, .. }) => Some(host),
+            (None, Address::Unix(_) | Address::Exec(_)) => None,
+        }
     }
 
     fn scheme(&self) -> &'static str {
@@ -157,11 +173,19 @@ impl fmt::Display for NbdTarget {
                 if *port != DEFAULT_PORT {
                     write!(f, ":{port}")?;
                 }
-                write!(f, "/{}", encoded(self.export.as_bytes()))
+                write!(f, "/{}", encoded(self.export.as_bytes()))?;
+                match &self.tls_name {
+                    Some(name) => write!(f, "?tls-hostname={}", encoded(name.as_bytes())),
+                    None => Ok(()),
+                }
             }
             Address::Unix(path) => {
                 let path = encoded(path.as_os_str().as_bytes());
-                write!(f, "{scheme}:///{}?socket={path}", encoded(self.export.as_bytes()))
+                write!(f, "{scheme}:///{}?socket={path}", encoded(self.export.as_bytes()))?;
+                match &self.tls_name {
+                    Some(name) => write!(f, "&tls-hostname={}", encoded(name.as_bytes())),
+                    None => Ok(()),
+                }
             }
             // Arguments may be passwords.
             Address::Exec(words) => {
@@ -190,13 +214,15 @@ fn cut(bytes: &[u8], at: u8) -> (&[u8], Option<&[u8]>) {
     }
 }
 
-/// Takes the parameters of a URI: `socket` is the only one.
-fn socket_of(query: Option<&[u8]>, kind: Kind) -> Result<Option<PathBuf>, NbdUriError> {
-    let mut socket = None;
-    for parameter in query.unwrap_or_default().split(|byte| *byte == b'&') {
-        if parameter.is_empty() {
-            continue;
-        }
+/// Takes the parameters of a URI: the path of a socket, and the name to verify.
+fn parameters(
+    query: Option<&[u8]>,
+    kind: Kind,
+    tls: Tls,
+) -> Result<(Option<PathBuf>, Option<String>), NbdUriError> {
+    let (mut socket, mut tls_name) = (None, None);
+    let is_pair = |parameter: &&[u8]| !parameter.is_empty();
+    for parameter in query.unwrap_or_default().split(|byte| *byte == b'&').filter(is_pair) {
         match cut(parameter, b'=') {
             (b"socket", Some(path)) if kind == Kind::Unix && socket.is_none() => {
                 let path = decode(path)?;
@@ -205,6 +231,11 @@ fn socket_of(query: Option<&[u8]>, kind: Kind) -> Result<Option<PathBuf>, NbdUri
                 }
                 socket = Some(path).filter(|path| !path.is_empty());
             }
+            (b"tls-hostname", Some(name)) if tls == Tls::Required && tls_name.is_none() => {
+                let name = String::from_utf8(decode(name)?).ok();
+                let is_name = |name: &String| !name.is_empty() && !name.contains(char::is_control);
+                tls_name = Some(name.filter(is_name).ok_or(NbdUriError::TlsName)?);
+            }
             // Only the name: the value may be a secret.
             (name, _) => {
                 let name = String::from_utf8_lossy(name);
@@ -212,7 +243,7 @@ fn socket_of(query: Option<&[u8]>, kind: Kind) -> Result<Option<PathBuf>, NbdUri
             }
         }
     }
-    Ok(socket.map(|path| OsString::from_vec(path).into()))
+    Ok((socket.map(|path| OsString::from_vec(path).into()), tls_name))
 }
 
 fn parse_authority(authority: &[u8], scheme: &'static str) -> Result<Address, NbdUriError> {
@@ -311,7 +342,7 @@ mod tests {
 
     fn tcp(host: &str, port: u16, export: &str, tls: Tls) -> NbdTarget {
         let address = Address::Tcp { host: host.to_owned(), port };
-        NbdTarget { address, export: export.to_owned(), tls }
+        NbdTarget { address, export: export.to_owned(), tls, tls_name: None }
     }
 
     #[test]
@@ -382,6 +413,11 @@ mod tests {
         assert_eq!(why(&long), NbdUriError::SocketTooLong);
         assert_eq!(why("nbd://h/e?socket=s"), NbdUriError::Parameter("socket".to_owned()));
         assert_eq!(why("nbd://h/e?tls-psk=s"), NbdUriError::Parameter("tls-psk".to_owned()));
+        assert_eq!(
+            why("nbd://h/e?tls-hostname=x"),
+            NbdUriError::Parameter("tls-hostname".to_owned())
+        );
+        assert_eq!(why("nbds://h/e?tls-hostname="), NbdUriError::TlsName);
         assert_eq!(why("nbd://h/e#x"), NbdUriError::Fragment);
         assert_eq!(why("nbd+exec:"), NbdUriError::NoProgram);
         assert_eq!(why("nbd+exec:a | b"), NbdUriError::Pipe);
@@ -410,7 +446,8 @@ mod tests {
                 false => Address::Unix(OsString::from_vec(socket).into()),
             };
             let tls = if is_tls { Tls::Required } else { Tls::No };
-            let target = NbdTarget { address, export, tls };
+            let tls_name = (is_tls && port % 2 == 0).then(|| format!("n{port}"));
+            let target = NbdTarget { address, export, tls, tls_name };
             prop_assert_eq!(parse(&target.to_string()), Ok(target));
         }
 

@@ -12,10 +12,12 @@
 //! takes them one after the other, and what it does not know it refuses and goes on. With TLS,
 //! `STARTTLS` comes before them and is waited for. A server without `GO` gets `EXPORT_NAME`.
 
+mod error;
+
 use std::collections::VecDeque;
 
-use thiserror::Error;
-
+pub(crate) use self::error::HandshakeError;
+pub(super) use self::error::text_of;
 use super::Headers;
 use super::export::{BlockSizes, Export, ExportFlags};
 use super::wire::{
@@ -34,53 +36,6 @@ const MAX_REPLY: usize = 16 << 10;
 
 /// The most replies to all options together; a server that goes on has no end.
 const MAX_REPLIES: u32 = 256;
-
-/// The longest text of a server in an error, in characters.
-const MAX_TEXT: usize = 200;
-
-/// The reason why a handshake fails.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub(crate) enum HandshakeError {
-    #[error("what answers there is no NBD server")]
-    NotNbd,
-    #[error("the server speaks only the old NBD handshake, which names no exports")]
-    OldStyle,
-    #[error("the server has no export named '{name}'{}", said(.text))]
-    NoExport { name: String, text: String },
-    #[error(
-        "the server closed the connection when asked for the export '{name}': it has none of that name, or keeps it from us"
-    )]
-    ExportRefused { name: String },
-    #[error("the server closed the connection during the handshake")]
-    Closed,
-    #[error("the server requires TLS: write nbds: in place of nbd:{}", said(.text))]
-    TlsRequired { text: String },
-    #[error("the server has no TLS: write nbd: in place of nbds: where the network may read along{}", said(.text))]
-    NoTls { text: String },
-    #[error("the server is being shut down{}", said(.text))]
-    ShuttingDown { text: String },
-    #[error("the server refuses the export (error {:#x}){}", .code, said(.text))]
-    Refused { code: u32, text: String },
-    #[error("the server says that the image has {0} bytes, and more than 2^63-1 cannot be")]
-    TooLarge(u64),
-    #[error("the server's block sizes make no sense: smallest {min}, largest payload {max}")]
-    BlockSizes { min: u32, max: u32 },
-    #[error("the server sent bytes before TLS began that nobody asked for")]
-    BytesBeforeTls,
-    #[error("the server broke the protocol: {0}")]
-    Protocol(&'static str),
-}
-
-impl HandshakeError {
-    /// Returns whether the server may answer otherwise in a moment.
-    pub(crate) fn is_transient(&self) -> bool {
-        matches!(self, Self::Closed | Self::ShuttingDown { .. })
-    }
-}
-
-fn said(text: &str) -> String {
-    if text.is_empty() { String::new() } else { format!(" ({text})") }
-}
 
 /// Whether the connection is to be encrypted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -419,13 +374,6 @@ impl Handshake {
             name: self.name.take(),
         })
     }
-}
-
-/// Returns the text of an error of the server, on one line.
-pub(super) fn text_of(data: &[u8]) -> String {
-    let text = String::from_utf8_lossy(data);
-    let text: String = text.trim_end_matches('\0').trim().chars().take(MAX_TEXT).collect();
-    printable::line(&text).into_owned()
 }
 
 #[cfg(test)]

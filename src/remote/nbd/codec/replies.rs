@@ -9,99 +9,25 @@
 //! A message that makes no sense ends the connection, because nobody knows where the next one begins.
 //! A reply whose messages are sound but that does not bring every byte of a read fails that read only.
 
+mod payload;
+mod pending;
+
 use std::collections::HashMap;
-use std::ops::Range;
 
-use thiserror::Error;
-
+use self::payload::{check_count, check_descriptors, descriptor_len, failure_of, push_descriptor};
+pub(crate) use self::pending::{Answer, Event, Expected, Failure, ReplyError};
+use self::pending::{Content, Pending, add, piece, prepare};
 use super::Headers;
-use super::coverage::{Coverage, CoverageError};
-use super::handshake::text_of;
+use super::coverage::Coverage;
 use super::status::StatusBuilder;
 use super::wire::{
-    EXTENDED_REPLY_MAGIC, Fields, MAX_DESCRIPTORS, REPLY_BLOCK_STATUS, REPLY_BLOCK_STATUS_EXT,
-    REPLY_ERROR_BIT, REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA, REPLY_OFFSET_HOLE,
-    SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, errno_of,
+    EXTENDED_REPLY_MAGIC, Fields, REPLY_BLOCK_STATUS, REPLY_BLOCK_STATUS_EXT, REPLY_ERROR_BIT,
+    REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA, REPLY_OFFSET_HOLE, SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC, errno_of,
 };
-use crate::extents::Extent;
 
 /// The longest message of an error: its length has 16 bits, and an offset may follow.
 const MAX_ERROR: u64 = 6 + 65_535 + 8;
-
-/// A reply that makes no sense.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-pub(crate) enum ReplyError {
-    #[error("the server broke the protocol: a reply has another magic number")]
-    Magic,
-    #[error("the server broke the protocol: it answers a request that was not sent")]
-    UnknownCookie,
-    #[error("the server broke the protocol: the type of a reply does not fit its request")]
-    Type,
-    #[error("the server broke the protocol: the length of a reply does not fit its type")]
-    Length,
-    #[error("the server broke the protocol: it sent bytes outside the range of a read")]
-    Outside,
-    #[error("the server broke the protocol: it sent bytes of a read twice")]
-    Overlap,
-    #[error("the server broke the protocol: it sent a read in too many pieces")]
-    TooManyPieces,
-    #[error("the server broke the protocol: it described a range in more than 2^20 extents")]
-    TooManyExtents,
-}
-
-/// What a request is to bring.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Expected {
-    /// The bytes of a range; its length fits the memory.
-    Bytes(Range<u64>),
-    /// The extents of a range.
-    Extents(Range<u64>),
-    /// No more than success.
-    Done,
-}
-
-/// What a request has brought.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Answer {
-    /// All bytes of the range.
-    Bytes(Vec<u8>),
-    /// Extents of a prefix of the range, without gaps; at least one.
-    Extents(Vec<Extent>),
-    /// Success.
-    Done,
-}
-
-/// The failure of one request.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Failure {
-    /// The errno.
-    pub(crate) errno: i32,
-    /// What the server said, or what is wrong with its reply; may be empty.
-    pub(crate) text: String,
-}
-
-/// A request that is answered.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Event {
-    /// The request.
-    pub(crate) cookie: u64,
-    /// Its result.
-    pub(crate) result: Result<Answer, Failure>,
-}
-
-/// A request that is not answered yet.
-#[derive(Debug)]
-struct Pending {
-    content: Content,
-    failure: Option<Failure>,
-}
-
-#[derive(Debug)]
-enum Content {
-    Bytes { range: Range<u64>, buf: Vec<u8>, covered: Coverage },
-    Extents { range: Range<u64>, builder: Option<StatusBuilder> },
-    Done,
-}
 
 /// A chunk whose payload is being read. A simple reply counts as a chunk of its own kind.
 #[derive(Debug)]
@@ -461,106 +387,6 @@ impl Replies {
             false => drop(self.pending.insert(cookie, pending)),
         }
     }
-}
-
-impl Pending {
-    fn finish(self) -> Result<Answer, Failure> {
-        if let Some(failure) = self.failure {
-            return Err(failure);
-        }
-        let incomplete = |text: &str| Failure { errno: libc::EIO, text: text.to_owned() };
-        match self.content {
-            Content::Bytes { range, buf, covered } => {
-                let is_complete =
-                    covered.is_complete(buf.len()) && buf.len() as u64 == range.end - range.start;
-                match is_complete {
-                    true => Ok(Answer::Bytes(buf)),
-                    false => Err(incomplete("the server left out bytes of a read")),
-                }
-            }
-            Content::Extents { builder, .. } => {
-                let extents = builder.map(StatusBuilder::finish).unwrap_or_default();
-                match extents.is_empty() {
-                    false => Ok(Answer::Extents(extents)),
-                    true => Err(incomplete("the server left out the extents of a range")),
-                }
-            }
-            Content::Done => Ok(Answer::Done),
-        }
-    }
-}
-
-/// Makes the buffer of a read, once its first bytes have come. Returns its length.
-fn prepare(range: &Range<u64>, buf: &mut Vec<u8>) -> Result<usize, ReplyError> {
-    let len = usize::try_from(range.end - range.start).map_err(|_| ReplyError::Length)?;
-    if buf.is_empty() {
-        *buf = vec![0; len];
-    }
-    Ok(len)
-}
-
-/// Returns the place of `len` bytes from `offset` on in the buffer of the read of `range`.
-fn piece(range: &Range<u64>, offset: u64, len: u64) -> Result<Range<usize>, ReplyError> {
-    let end = offset.checked_add(len).filter(|end| *end <= range.end);
-    let (Some(end), Some(start)) = (end, offset.checked_sub(range.start)) else {
-        return Err(ReplyError::Outside);
-    };
-    if len == 0 {
-        return Err(ReplyError::Length);
-    }
-    let place = usize::try_from(start).ok().zip(usize::try_from(end - range.start).ok());
-    place.map(|(start, end)| start..end).ok_or(ReplyError::Outside)
-}
-
-fn add(covered: &mut Coverage, piece: Range<usize>) -> Result<(), ReplyError> {
-    covered.add(piece).map_err(|error| match error {
-        CoverageError::Overlap => ReplyError::Overlap,
-        CoverageError::TooManyPieces => ReplyError::TooManyPieces,
-    })
-}
-
-fn descriptor_len(kind: u16) -> usize {
-    if kind == REPLY_BLOCK_STATUS_EXT { 16 } else { 8 }
-}
-
-/// Checks the length of a block status; returns that of its prefix.
-fn check_descriptors(left: u64, prefix: u64, each: u64) -> Result<usize, ReplyError> {
-    let descriptors = left.checked_sub(prefix).ok_or(ReplyError::Length)?;
-    match (descriptors % each, descriptors / each) {
-        (0, 1..=MAX_DESCRIPTORS) => Ok(usize::try_from(prefix).unwrap_or(8)),
-        (0, 1..) => Err(ReplyError::TooManyExtents),
-        _ => Err(ReplyError::Length),
-    }
-}
-
-/// An extended block status says how many descriptors follow.
-fn check_count(kind: u16, mut fields: Fields<'_>, left: u64) -> Result<(), ReplyError> {
-    if kind == REPLY_BLOCK_STATUS_EXT && fields.u32().map(u64::from) != Some(left / 16) {
-        return Err(ReplyError::Length);
-    }
-    Ok(())
-}
-
-fn push_descriptor(chunk: &mut Chunk, descriptor: &[u8]) -> Result<(), ReplyError> {
-    let mut fields = Fields(descriptor);
-    let described = match chunk.kind {
-        REPLY_BLOCK_STATUS_EXT => fields.u64().zip(fields.u64()),
-        _ => fields.u32().zip(fields.u32()).map(|(len, flags)| (len.into(), flags.into())),
-    };
-    let (len, flags) = described.ok_or(ReplyError::Length)?;
-    match &mut chunk.pending.content {
-        Content::Extents { builder: Some(builder), .. } => {
-            builder.push(len, flags).map_err(|()| ReplyError::Length)
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Takes the payload of an error: its value, and a text of the given length.
-fn failure_of(mut fields: Fields<'_>) -> Result<Failure, ReplyError> {
-    let (value, len) = fields.u32().zip(fields.u16()).ok_or(ReplyError::Length)?;
-    let text = fields.bytes(usize::from(len)).ok_or(ReplyError::Length)?;
-    Ok(Failure { errno: errno_of(value), text: text_of(text) })
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::client::{Access, NbdClient, NbdOptions};
+use super::tls::TlsFiles;
 use super::uri::NbdTarget;
 use crate::extents::{Extent, ExtentKind};
 use crate::remote::transport::{Transport, WritableTransport};
@@ -183,6 +184,7 @@ pub(super) fn options() -> NbdOptions {
         open_timeout: LONG,
         connections: 1,
         access: Access::ReadOnly,
+        tls: TlsFiles::default(),
         dir: "/".into(),
     }
 }

@@ -1,3 +1,4 @@
+mod encrypted;
 mod exec;
 mod hostile;
 mod outage;

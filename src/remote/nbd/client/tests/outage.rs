@@ -57,10 +57,10 @@ fn an_outage_beyond_the_timeout_fails_requests_and_heals() {
 #[test]
 fn a_silent_connection_is_left_before_requests_fail() {
     let image = Image::new();
-    let _server = image.nbdkit(&["-r"], &[]);
+    let _server = image.qemu_nbd(&["--persistent", "-r", "--shared=0"]);
     let proxy = Proxy::new(&image.socket());
     let io_timeout = Duration::from_secs(4);
-    let client = open(&proxy.socket, "", NbdOptions { io_timeout, ..options() });
+    let client = open(&proxy.socket, "vm", NbdOptions { io_timeout, ..options() });
     proxy.control.stalled_below.store(1, Ordering::SeqCst);
     assert_eq!(read(&client, 0..4096).wait().unwrap(), image.slice(0..4096));
     assert_eq!(proxy.control.connections.load(Ordering::SeqCst), 2);
@@ -69,10 +69,10 @@ fn a_silent_connection_is_left_before_requests_fail() {
 #[test]
 fn a_stall_of_the_whole_server_fails_requests_in_time_and_heals() {
     let image = Image::new();
-    let _server = image.nbdkit(&["-r"], &[]);
+    let _server = image.qemu_nbd(&["--persistent", "-r", "--shared=0"]);
     let proxy = Proxy::new(&image.socket());
     let io_timeout = Duration::from_millis(500);
-    let client = open(&proxy.socket, "", NbdOptions { io_timeout, ..options() });
+    let client = open(&proxy.socket, "vm", NbdOptions { io_timeout, ..options() });
     proxy.control.stalled_below.store(usize::MAX, Ordering::SeqCst);
     let reads: Vec<_> = (0..50).map(|at| read(&client, at * 4096..at * 4096 + 4096)).collect();
     for read in reads {

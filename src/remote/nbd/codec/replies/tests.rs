@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::extents::ExtentKind;
+use crate::extents::{Extent, ExtentKind};
 
 /// Encodes a chunk with the headers of `headers`.
 fn chunk(headers: Headers, kind: u16, is_last: bool, cookie: u64, payload: &[u8]) -> Vec<u8> {
