@@ -65,7 +65,8 @@ pub(crate) trait WritableTransport: Transport {
     /// have lost changes that were not flushed, [`flush`](Self::flush) fails with `EIO` for ever.
     fn write(&self, offset: u64, bytes: Vec<u8>, done: ChangeDone);
 
-    /// Begins to make `range` read as zeros; of any length. `punch` lets the server free its space.
+    /// Begins to make `range` read as zeros; of any length, aligned as a read is. `punch` lets the
+    /// server free its space.
     ///
     /// # Errors
     /// Those of [`write`](Self::write), to `done`; `EOPNOTSUPP` where the server cannot.

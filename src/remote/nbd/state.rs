@@ -183,6 +183,8 @@ impl State {
             }
             Operation::Zero { range, .. } if range.end - range.start > MAX_ZERO => {
                 range.start += MAX_ZERO;
+                // This piece may be lost before the last one is done.
+                self.changes.answered += u64::from(self.needs_flush);
                 let cookie = self.insert(request.operation, timeout);
                 self.queue.push_front(cookie);
                 return None;
@@ -285,5 +287,108 @@ impl State {
         let (at, slot) = self.slots.iter_mut().enumerate().find(|(_, slot)| !slot.is_taken)?;
         slot.is_taken = true;
         Some(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicI32, Ordering};
+
+    use super::*;
+    use crate::remote::nbd::codec::Headers;
+    use crate::remote::nbd::codec::export::{BlockSizes, ExportFlags};
+    use crate::remote::nbd::codec::replies::Answer;
+    use crate::remote::nbd::codec::request::Durability;
+    use crate::remote::transport::ChangeDone;
+
+    const LONG: Duration = Duration::from_secs(600);
+
+    fn state(flags: u16) -> State {
+        let (flags, blocks) = (ExportFlags::new(flags), BlockSizes::default());
+        let (headers, allocation, name) = (Headers::Simple, None, None);
+        State::new(1, &Export { size: 1 << 40, flags, blocks, headers, allocation, name })
+    }
+
+    /// A receiver that leaves the errno, or 0, in `outcome`; it was -1.
+    fn leave(outcome: &Arc<AtomicI32>) -> ChangeDone {
+        let outcome = Arc::clone(outcome);
+        Box::new(move |result| {
+            let errno = result.err().and_then(|error| error.raw_os_error()).unwrap_or(0);
+            outcome.store(errno, Ordering::SeqCst);
+        })
+    }
+
+    fn begin(state: &mut State, make: impl FnOnce(ChangeDone) -> Operation) -> Arc<AtomicI32> {
+        let outcome = Arc::new(AtomicI32::new(-1));
+        if let Err(ended) = state.begin(make(leave(&outcome)), LONG) {
+            ended.tell();
+        }
+        outcome
+    }
+
+    fn zero(state: &mut State, len: u64) -> Arc<AtomicI32> {
+        let durability = Durability::AtFlush;
+        begin(state, |done| Operation::Zero { range: 0..len, punch: true, durability, done })
+    }
+
+    fn flush(state: &mut State) -> Arc<AtomicI32> {
+        let covers = state.answered_changes();
+        begin(state, |done| Operation::Flush { covers, done })
+    }
+
+    fn answer(state: &mut State, cookie: u64) {
+        if let Some(ended) = state.answer(Event { cookie, result: Ok(Answer::Done) }, LONG) {
+            ended.tell();
+        }
+    }
+
+    #[test]
+    fn a_piece_of_zeros_that_is_lost_before_the_last_one_fails_the_flush() {
+        let mut state = state(0x45);
+        let zeros = zero(&mut state, 2 * MAX_ZERO + 5);
+        answer(&mut state, 0);
+        assert_eq!(state.lose(0, Vec::new(), 1).len(), 0);
+        answer(&mut state, 1);
+        assert_eq!(zeros.load(Ordering::SeqCst), -1);
+        answer(&mut state, 2);
+        assert_eq!(zeros.load(Ordering::SeqCst), 0);
+        assert_eq!(flush(&mut state).load(Ordering::SeqCst), libc::EIO);
+    }
+
+    #[test]
+    fn a_flush_covers_only_what_was_answered_when_it_began() {
+        let mut state = state(0x45);
+        let first = zero(&mut state, 1);
+        answer(&mut state, 0);
+        let flushed = flush(&mut state);
+        let second = zero(&mut state, 1);
+        answer(&mut state, 2);
+        answer(&mut state, 1);
+        assert_eq!([first, second, flushed].map(|it| it.load(Ordering::SeqCst)), [0, 0, 0]);
+        state.lose(0, Vec::new(), 1);
+        assert_eq!(flush(&mut state).load(Ordering::SeqCst), libc::EIO);
+    }
+
+    #[test]
+    fn without_a_flush_at_the_server_nothing_waits_for_one() {
+        let mut state = state(0x41);
+        zero(&mut state, 1);
+        answer(&mut state, 0);
+        state.lose(0, Vec::new(), 1);
+        let flushed = flush(&mut state);
+        assert_eq!(flushed.load(Ordering::SeqCst), -1);
+        answer(&mut state, 1);
+        assert_eq!(flushed.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn answers_after_the_time_is_over_are_dropped() {
+        let mut state = state(0x45);
+        let late = zero(&mut state, 1);
+        let after = Instant::now() + LONG + LONG;
+        state.expire(after, LONG).into_iter().for_each(Outcome::tell);
+        assert_eq!(late.load(Ordering::SeqCst), libc::ETIMEDOUT);
+        assert!(state.answer(Event { cookie: 0, result: Ok(Answer::Done) }, LONG).is_none());
+        assert!(!state.has_requests());
     }
 }

@@ -21,7 +21,7 @@ pub(crate) struct ExportFlags(u16);
 
 impl ExportFlags {
     /// Takes the flags of a server. Without `NBD_FLAG_HAS_FLAGS` the others mean nothing.
-    pub(super) fn new(flags: u16) -> Self {
+    pub(in crate::remote::nbd) fn new(flags: u16) -> Self {
         Self(if flags & HAS_FLAGS == 0 { 0 } else { flags })
     }
 

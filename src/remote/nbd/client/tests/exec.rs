@@ -114,3 +114,36 @@ fn the_socket_has_no_name_once_the_program_runs() {
     // Another test may be between its two steps.
     eventually(|| left.iter().all(|entry| !entry.path().exists()));
 }
+
+/// Not a test: the process that `a_killed_daemon_takes_the_program_with_it` kills.
+#[test]
+#[ignore = "only as a process of another test"]
+fn process_to_be_killed() {
+    let line = std::env::var("COWSLIP_TEST_EXEC").unwrap();
+    let client = open_exec(&line).unwrap();
+    println!("ready");
+    thread::sleep(LONG);
+    drop(client);
+}
+
+#[test]
+fn a_killed_daemon_takes_the_program_with_it() {
+    let image = Image::new();
+    let pid = image.dir.path().join("pid");
+    // It would not notice the end by itself.
+    let line = format!("nbdkit -r -f -P {} file {}", pid.display(), image.path().display());
+    let mut daemon = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--nocapture", "--exact"])
+        .arg("remote::nbd::client::tests::exec::process_to_be_killed")
+        .env("COWSLIP_TEST_EXEC", line)
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(daemon.stdout.take().unwrap()));
+    assert!(lines.any(|line| line.unwrap().ends_with("ready")), "it did not start");
+    let server = fs::read_to_string(&pid).unwrap();
+    assert!(!is_gone(&server));
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    eventually(|| is_gone(&server));
+}
