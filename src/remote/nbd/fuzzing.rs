@@ -101,7 +101,26 @@ fn take_replies<'a>(choice: u8, pieces: impl Iterator<Item = &'a [u8]>) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn any_bytes_of_a_server_are_taken(
+            choice in 0u8..8, step: u8, number in 0usize..5,
+            rest in prop::collection::vec(prop_oneof![Just(0), 0u8..9, any::<u8>()], 0..300),
+        ) {
+            let begin: &[u8] = match number {
+                0 => b"",
+                1 => b"NBDMAGICIHAVEOPT\0\x03\0\x03\xe8\x89\x04\x55\x65\xa9",
+                2 => b"\x67\x44\x66\x98",
+                3 => b"\x66\x8e\x33\xef\0\x01\0\x05\0\0\0\0\0\0\0\x04\0\0\0\x14",
+                _ => b"\x6e\x8a\x27\x8c\0\x01\0\x06\0\0\0\0\0\0\0\x04",
+            };
+            take_bytes_of_a_server(&[&[choice, step], begin, &rest].concat());
+        }
+    }
 
     #[test]
     fn sound_messages_are_taken() {
