@@ -20,7 +20,7 @@ pub(crate) enum Access {
 pub(crate) struct NbdOptions {
     /// How long a request may take, reconnects included.
     pub(crate) io_timeout: Duration,
-    /// How long [`NbdClient::open`] waits for a server that is not up; zero tries once.
+    /// How long [`open`](super::NbdClient::open) waits for a server that is not up; zero tries once.
     pub(crate) open_timeout: Duration,
     /// The most connections.
     pub(crate) connections: usize,
