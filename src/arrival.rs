@@ -47,6 +47,11 @@ impl Arrival {
         EXPECTED.take()
     }
 
+    /// Forgets an arrival that nobody took, so that it is not taken for that of a later `EAGAIN`.
+    pub(crate) fn forget_expected() {
+        EXPECTED.set(None);
+    }
+
     /// Ends the wait: the bytes are there, or an errno says why they are not. Continuations run on
     /// this thread.
     pub(crate) fn complete(&self, outcome: Result<(), i32>) {

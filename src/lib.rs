@@ -25,6 +25,8 @@
 //!                            ▼
 //!               layer, extents, host, pool        the traits, runs of bytes, the host, threads
 //!
+//!                          remote                 images on servers, below base
+//!
 //!   cli ──▶ transfer, export ──▶ formats          files through pipes; diffs; other tools' formats
 //! ```
 //!
@@ -35,6 +37,8 @@
 //! - [`confined`], [`trust`], [`trusted_path`]: which files and directories of others may be opened
 //!   and believed, and which links lead to them.
 //! - [`direct`], [`aligned`]: reading and writing past the host's page cache.
+//! - [`identity`], [`program`], [`arrival`]: what a changed base is noticed by, programs that are
+//!   started, bytes that are on their way.
 //! - [`part_file`], [`name`], [`printable`], [`process`], [`logging`]: files that get their name
 //!   when they are complete, names in a mount, text for a terminal, limits of the process, the
 //!   daemon's log.
@@ -57,6 +61,7 @@ pub mod extents;
 pub mod formats;
 mod fs;
 pub mod host;
+pub mod identity;
 pub mod layer;
 mod logging;
 mod mount;
@@ -67,6 +72,7 @@ pub mod part_file;
 mod pool;
 mod printable;
 pub mod process;
+pub mod program;
 pub mod remote;
 mod store;
 pub mod stream;

@@ -7,7 +7,8 @@ use super::BaseAccess;
 use super::lock::LockError;
 use super::qcow2::ChainError;
 use super::view::ViewError;
-use crate::config::Format;
+use crate::config::{Format, RemoteAddress};
+use crate::remote::RemoteError;
 
 /// The reason why a base cannot be opened; one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -62,8 +63,8 @@ pub enum BaseError {
     Encrypted(PathBuf),
     /// The format is not read by this version.
     #[error(
-        "'{}': {format} images are not read by this version: convert it with {} (or add ,format=raw for the bytes)",
-        path.display(), convert_command(path, *format)
+        "'{}': {format} images are not read by this version: {} (or add ,format=raw for the bytes)",
+        path.display(), remedy_for(path, *format)
     )]
     UnsupportedFormat {
         /// The path as given.
@@ -110,6 +111,9 @@ pub enum BaseError {
         /// The reason.
         error: ViewError,
     },
+    /// The server cannot be reached, or does not have the image.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
     /// A stream has no base.
     #[error("a stream has no base")]
     Stream,
@@ -148,6 +152,14 @@ fn verb(access: BaseAccess) -> &'static str {
     match access {
         BaseAccess::Read => "read",
         BaseAccess::Write => "write",
+    }
+}
+
+/// Returns what to do with an image at `path`, a path or an address, in a format that is not read.
+fn remedy_for(path: &Path, format: Format) -> String {
+    match path.to_str().is_some_and(|text| RemoteAddress::parse(text).is_ok()) {
+        true => format!("let qemu-nbd -r -f {format} be the server, which reads it"),
+        false => format!("convert it with {}", convert_command(path, format)),
     }
 }
 

@@ -12,7 +12,7 @@
 //!     RangeView (view.rs), by bytes or as partitions/ says
 //! ```
 //!
-//! `identity.rs` notices a base that changed under an overlay. `self_reference.rs` notices a base
+//! `crate::identity` notices a base that changed under an overlay. `self_reference.rs` notices a base
 //! that lies in the mount it would serve and so would wait for itself.
 //!
 //! Invariants: a base opened with [`BaseAccess::Read`] is never written, since its descriptor is
@@ -23,7 +23,6 @@ pub mod blank;
 mod error;
 mod file;
 pub mod formats;
-pub mod identity;
 mod image;
 pub mod lock;
 pub mod partitions;
@@ -43,11 +42,12 @@ pub use self::error::BaseError;
 pub use self::file::{BaseFile, WritableBase, open_writable};
 use self::file::{open_base_file, open_located};
 use self::formats::{OpenedImage, check_format};
-use self::identity::Identity;
 pub use self::image::BaseImage;
 use self::view::RangeView;
-use crate::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
+use crate::config::{DirectIo, DiskSource, Format, Locking, Passthrough, RemoteSpec, SourcePart};
+use crate::identity::Identity;
 use crate::layer::{Layer, WritableLayer};
+use crate::remote::{self, RemoteImage};
 
 /// The purpose a base is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,13 +82,15 @@ pub struct BaseOptions<'a> {
 pub struct Base {
     /// The layer that reads, and for [`BaseAccess::Write`] writes, the base.
     pub layer: BaseLayer,
-    /// The canonical path; `None` for a blank.
+    /// The canonical path; `None` for a blank, and for an image on a server.
     pub path: Option<PathBuf>,
+    /// The image on a server; `None` for other bases.
+    pub remote: Option<RemoteImage>,
     /// The size in bytes of the served part when the base was opened.
     pub size: u64,
     /// The byte range of the served part; `None` for the whole base.
     pub view: Option<Range<u64>>,
-    /// The file or device, for further locks and checks; `None` for a blank.
+    /// The file or device, for further locks and checks; `None` as for `path`.
     pub file: Option<Arc<File>>,
     /// The other files that the base is read from: backing files, the nearest first, and data files.
     pub needs: Vec<(PathBuf, Arc<File>)>,
@@ -118,9 +120,12 @@ impl Base {
     /// Returns the base's current identity; `None` for a blank, which cannot change.
     ///
     /// # Errors
-    /// The errors of [`Identity::of`].
+    /// The errors of [`Identity::of`] and of [`RemoteImage::identity`].
     pub fn identity(&self) -> io::Result<Option<Identity>> {
-        self.file.as_deref().map(Identity::of).transpose()
+        match &self.remote {
+            Some(remote) => remote.identity().map(Some),
+            None => self.file.as_deref().map(Identity::of).transpose(),
+        }
     }
 }
 
@@ -132,9 +137,11 @@ pub fn open(source: &DiskSource, options: BaseOptions<'_>) -> Result<Base, BaseE
     let access = options.access;
     match source {
         DiskSource::File(path) => open_file(path, &options),
+        DiskSource::Remote(spec) => open_remote(spec, &options),
         DiskSource::Blank(size) if access == BaseAccess::Read => Ok(Base {
             layer: BaseLayer::Reader(Arc::new(Blank::new(*size))),
             path: None,
+            remote: None,
             size: *size,
             view: None,
             file: None,
@@ -160,16 +167,54 @@ fn open_file(path: &Path, options: &BaseOptions<'_>) -> Result<Base, BaseError> 
     if passthrough == Passthrough::On && (!format.is_plain() || sector.is_some()) {
         return Err(BaseError::NoPassthrough(path.to_owned()));
     }
+    let writer = (access == BaseAccess::Write).then_some(raw as Arc<dyn WritableLayer>);
+    let (layer, size, view) = take_part(path, part, sector, whole, writer)?;
+    Ok(Base { layer, path: Some(real), remote: None, size, view, file: Some(file), needs })
+}
+
+fn open_remote(spec: &RemoteSpec, options: &BaseOptions<'_>) -> Result<Base, BaseError> {
+    let (remote, image, writer) = match options.access {
+        BaseAccess::Read => {
+            let base = remote::open(spec)?;
+            (RemoteImage::Cached(Arc::clone(&base)), base as Arc<dyn Layer>, None)
+        }
+        BaseAccess::Write => {
+            let disk = remote::open_writable(spec)?;
+            let writer = Arc::clone(&disk) as Arc<dyn WritableLayer>;
+            (RemoteImage::Direct(Arc::clone(&disk)), disk as Arc<dyn Layer>, Some(writer))
+        }
+    };
+    let name = Path::new(spec.address.as_str());
+    let unreadable = |error: io::Error| BaseError::from_io(name, options.access, error);
+    let format = check_format(name, &*image, options.format).map_err(unreadable)??;
+    if writer.is_some() && !format.is_plain() {
+        return Err(BaseError::ReadOnlyFormat { path: name.to_owned(), format: format.format });
+    }
+    let image = BaseImage::on_server(image, spec.address.as_str());
+    let OpenedImage { layer: whole, needs } = format.open(image, options)?;
+    let (layer, size, view) = take_part(name, options.part, None, whole, writer)?;
+    Ok(Base { layer, path: None, remote: Some(remote), size, view, file: None, needs })
+}
+
+/// Returns the layer of `part` of a base, its size, and its range in bytes unless it is all of the
+/// base. `writer` is the layer that writes the base, if it is to be written.
+fn take_part(
+    path: &Path,
+    part: SourcePart,
+    sector: Option<u64>,
+    whole: Arc<dyn Layer>,
+    writer: Option<Arc<dyn WritableLayer>>,
+) -> Result<(BaseLayer, u64, Option<Range<u64>>), BaseError> {
     let view = view::resolve_part(part, &*whole, sector)
         .map_err(|error| BaseError::Part { path: path.to_owned(), error })?;
     let size = view.as_ref().map_or(whole.size(), |view| view.end - view.start);
-    let layer = match (access, view.clone()) {
-        (BaseAccess::Read, None) => BaseLayer::Reader(whole),
-        (BaseAccess::Read, Some(view)) => BaseLayer::Reader(Arc::new(RangeView::new(whole, view))),
-        (BaseAccess::Write, None) => BaseLayer::Writer(raw),
-        (BaseAccess::Write, Some(view)) => BaseLayer::Writer(Arc::new(RangeView::new(raw, view))),
+    let layer = match (writer, view.clone()) {
+        (None, None) => BaseLayer::Reader(whole),
+        (None, Some(view)) => BaseLayer::Reader(Arc::new(RangeView::new(whole, view))),
+        (Some(writer), None) => BaseLayer::Writer(writer),
+        (Some(writer), Some(view)) => BaseLayer::Writer(Arc::new(RangeView::new(writer, view))),
     };
-    Ok(Base { layer, path: Some(real), size, view, file: Some(file), needs })
+    Ok((layer, size, view))
 }
 
 #[cfg(test)]

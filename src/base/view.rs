@@ -15,7 +15,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::partitions::{self, PartitionRole, PartitionTableError};
-use super::raw::RawBase;
 use crate::config::{SourcePart, format_size};
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
@@ -207,7 +206,7 @@ impl<L: Layer + ?Sized> Layer for RangeView<L> {
 }
 
 /// Only for a raw base, which never reads the layers below: those would be at other offsets.
-impl WritableLayer for RangeView<RawBase> {
+impl<L: WritableLayer + ?Sized> WritableLayer for RangeView<L> {
     fn write_at(
         &self,
         buf: &[u8],
@@ -255,6 +254,7 @@ mod tests {
 
     use super::super::blank::Blank;
     use super::super::raw::HostKind;
+    use super::super::raw::RawBase;
     use super::*;
     use crate::base::testing::UnreachableBelow;
 

@@ -35,11 +35,7 @@ pub(super) fn run(args: &AddArgs) -> anyhow::Result<u8> {
     let disk = plan::parse_disk_arg(&args.disk, &dir)?;
     check_stdio(&disk)?;
     // The daemon opens them, and would hang with them.
-    let source = match &disk.source {
-        DiskSource::File(path) => Some(path),
-        DiskSource::Blank(_) | DiskSource::Stream(_) => None,
-    };
-    source.into_iter().chain(&disk.overlay).try_for_each(|path| check_answers(path))?;
+    disk.source.paths().chain(&disk.overlay).try_for_each(|path| check_answers(path))?;
     let mount = match Endpoint::of(&args.mountpoint) {
         Ok(mount) => mount,
         Err(error) => return Err(swapped_error(args).unwrap_or(error)),

@@ -163,7 +163,7 @@ fn facts(overlay: &OverlayReport) -> Vec<(&'static str, String)> {
 fn base_text(base: &BaseReport) -> String {
     match base {
         BaseReport::Blank { size } => format!("blank, {}", format_size(*size)),
-        BaseReport::File { path, format, size, part, state } => {
+        BaseReport::Source { location, format, size, part, state } => {
             let part = match part {
                 SourcePart::Bytes { offset, len: Some(len) } => {
                     format!("bytes {offset}..{} of ", offset.saturating_add(*len))
@@ -174,11 +174,12 @@ fn base_text(base: &BaseReport) -> String {
                 BaseState::Unchanged => "unchanged",
                 BaseState::Changed => "changed",
                 BaseState::Missing => "missing",
+                BaseState::Unreachable => "not compared",
                 BaseState::Committing => {
                     "a commit into it was cut short: cowslip commit finishes it"
                 }
             };
-            format!("{part}{}, {format}, {}, {state}", path.display(), format_size(*size))
+            format!("{part}{location}, {format}, {}, {state}", format_size(*size))
         }
     }
 }

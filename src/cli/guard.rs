@@ -5,7 +5,7 @@ use std::io;
 use clap::Args;
 
 use super::EXIT_OK;
-use crate::stream::guard::run_guard;
+use crate::program::guard::run_guard;
 
 #[derive(Debug, Args)]
 pub(super) struct GuardArgs {

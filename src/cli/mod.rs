@@ -54,7 +54,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 
 pub use self::output::print_error;
 use self::output::{print, print_json, print_line, warn};
-use crate::stream::guard::{SUBCOMMAND as GUARD, enable_guards};
+use crate::program::guard::{SUBCOMMAND as GUARD, enable_guards};
 
 /// Exit code: success.
 const EXIT_OK: u8 = 0;

@@ -1,6 +1,7 @@
 //! `cowslip rebase`: records the new location of the base of an overlay that is not mounted.
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -8,15 +9,16 @@ use super::client::check_answers;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
 use super::{EXIT_OK, print_line};
+use crate::config;
 use crate::offline::rebase::{OnMismatch, Rebased, rebase};
 
 #[derive(Debug, Args)]
 pub(super) struct RebaseArgs {
     /// The directory of an overlay, or of one disk of a store (STORE/names/NAME)
     overlay: PathBuf,
-    /// Where its base is now
-    #[arg(long, value_name = "FILE")]
-    base: PathBuf,
+    /// Where its base is now: a file, or the address of an image on a server
+    #[arg(long, value_name = "SOURCE")]
+    base: OsString,
     /// Also to one that is not what the base was: what the overlay holds may be nonsense there
     #[arg(long)]
     force: bool,
@@ -29,23 +31,20 @@ pub(super) struct RebaseArgs {
 
 pub(super) fn run(args: &RebaseArgs) -> anyhow::Result<u8> {
     check_answers(&args.overlay)?;
-    check_answers(&args.base)?;
     args.trust.allow(&current_dir()?)?;
     let on_mismatch = if args.force { OnMismatch::Accept } else { OnMismatch::Refuse };
     let shown = args.overlay.display();
-    print_line(&match rebase(&args.overlay, &args.base, on_mismatch, &args.allow_backing)? {
+    let base = config::parse_base(&args.base, Path::new(""))?;
+    base.paths().try_for_each(|path| check_answers(path))?;
+    print_line(&match rebase(&args.overlay, &base, on_mismatch, &args.allow_backing)? {
         Rebased::Unchanged { base } => {
-            format!("{shown}: its base is '{}' already", base.display())
+            format!("{shown}: its base is '{base}' already")
         }
         Rebased::Moved { base, was, difference } => {
             let forced = difference.map_or_else(String::new, |difference| {
                 format!("; forced, it is not the same ({difference})")
             });
-            format!(
-                "{shown}: its base is now '{}', was '{}'{forced}",
-                base.display(),
-                was.display()
-            )
+            format!("{shown}: its base is now '{base}', was '{was}'{forced}")
         }
     });
     Ok(EXIT_OK)

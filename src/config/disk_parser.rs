@@ -10,8 +10,8 @@ use super::error::escaped;
 use super::keys;
 use super::raw_value::{RawValue, absolute};
 use super::{
-    CacheMode, DiskSource, DiskSpec, Format, Partitions, SpecError, StreamSpec, format_size,
-    parse_size,
+    CacheMode, DiskSource, DiskSpec, Format, Partitions, RemoteAddress, RemoteSpec, SpecError,
+    StreamSpec, format_size, parse_size,
 };
 use crate::name::{self, NameError};
 
@@ -37,6 +37,25 @@ pub fn parse_disk(
         let hint = comma_hint(name, &pieces, dir, exists);
         hint.unwrap_or_else(|| error.within(format!("disk '{}'", escaped(text))))
     })
+}
+
+/// Parses the base of a disk, given alone: a path or the address of an image on a server. Relative
+/// paths are joined to `dir`.
+///
+/// # Errors
+/// [`SpecError`] for another source.
+pub fn parse_base(text: &OsStr, dir: &Path) -> Result<DiskSource, SpecError> {
+    match text.to_str().filter(|text| RemoteAddress::is_one(text)) {
+        Some(address) => {
+            let address = RemoteAddress::parse(address)?;
+            let mut remote = RemoteSpec::new(address);
+            if remote.address.is_command() {
+                dir.clone_into(&mut remote.dir);
+            }
+            Ok(DiskSource::Remote(Box::new(remote)))
+        }
+        None => Ok(DiskSource::File(dir.join(text))),
+    }
 }
 
 /// Splits off `NAME=`, which is there only if no `/`, `:` or `,` precedes the first `=`.
@@ -122,6 +141,12 @@ impl RawSpec {
         let name = match (&self.name, &source) {
             (Some(name), _) => name.clone(),
             (None, DiskSource::File(_)) => default_name(&self.source)?,
+            (None, DiskSource::Remote(remote)) => {
+                let why = "needs a name";
+                let (given, line) = (escaped(remote.address.as_str()), why);
+                let hint = format!("{line}: write NAME={given}");
+                return Err(SpecError::key(given, hint));
+            }
             (None, DiskSource::Stream(_)) => {
                 let why = "needs a name: write NAME=stream:SIZE";
                 return Err(SpecError::Source { given: escaped(&self.source), why });
@@ -153,7 +178,7 @@ fn split_key(piece: &OsStr) -> Result<(String, RawValue), SpecError> {
     Ok((String::from_utf8_lossy(key).into_owned(), value))
 }
 
-/// Parses a source: a path, `blank:SIZE` or `stream:SIZE`. Other sources are refused.
+/// Parses a source: a path, an address, `blank:SIZE` or `stream:SIZE`. Other sources are refused.
 fn parse_source(text: &OsStr, dir: &Path) -> Result<DiskSource, SpecError> {
     let refused = |why| Err(SpecError::Source { given: escaped(text), why });
     let bytes = text.as_bytes();
@@ -174,9 +199,12 @@ fn parse_source(text: &OsStr, dir: &Path) -> Result<DiskSource, SpecError> {
         }
         return Ok(DiskSource::Stream(Box::new(StreamSpec::new(size, dir.to_owned()))));
     }
+    if text.to_str().is_some_and(RemoteAddress::is_one) {
+        return parse_base(text, dir);
+    }
     match url_scheme(bytes) {
         None => Ok(DiskSource::File(absolute(text, dir)?)),
-        Some(b"nbd" | b"nbds" | b"nbd+unix" | b"nbds+unix" | b"http" | b"https" | b"s3") => {
+        Some(b"http" | b"https" | b"s3") => {
             refused("is on the network, and such sources are not in this version of cowslip")
         }
         Some(_) => {
@@ -269,6 +297,7 @@ pub fn check_cache<'a>(
 fn source_text(source: &DiskSource) -> String {
     match source {
         DiskSource::File(path) => escaped(path),
+        DiskSource::Remote(remote) => escaped(remote.address.as_str()),
         DiskSource::Blank(size) => format!("blank, {}", format_size(*size)),
         DiskSource::Stream(stream) => format!("stream, {}", format_size(stream.size)),
     }
@@ -404,7 +433,7 @@ mod tests {
         for text in ["s=stream:", "s=stream:0,to=stdout", "stream:1G,to=stdout", "s=stream:1G"] {
             assert!(why(text).contains("stream"), "{text}");
         }
-        for url in ["nbd://h/x", "https://h/a?b=c", "http://h", "s3://b/k", "nbd+unix:///x"] {
+        for url in ["https://h/a?b=c", "http://h", "s3://b/k"] {
             assert!(why(url).contains("not in this version"), "{url}");
             assert!(why(&format!("n={url},mode=ro")).contains("not in this version"), "{url}");
         }
@@ -486,7 +515,9 @@ mod tests {
         match &disk.source {
             DiskSource::File(path) => text.push(double_commas(path.as_os_str())),
             DiskSource::Blank(size) => text.push(format!("blank:{size}")),
-            DiskSource::Stream(_) => unreachable!("not made by the strategy"),
+            DiskSource::Remote(_) | DiskSource::Stream(_) => {
+                unreachable!("not made by the strategy")
+            }
         }
         let overlay = disk
             .overlay

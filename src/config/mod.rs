@@ -25,6 +25,7 @@ mod flow;
 mod keys;
 mod options;
 mod raw_value;
+mod remote;
 mod size;
 mod stream;
 mod toml_file;
@@ -36,9 +37,10 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use command_line::{CommandLineError, split_command};
-pub use disk_parser::{check_cache, check_names, parse_disk};
+pub use disk_parser::{check_cache, check_names, parse_base, parse_disk};
 pub use error::SpecError;
 pub use options::{MountOptions, parse_mount_options};
+pub use remote::{RemoteAddress, RemoteSpec};
 pub use size::{MAX_SIZE, format_size, format_zeroed, is_block_size, parse_range, parse_size};
 pub use stream::{
     DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, Programs, SinkSpec, SourceSpec,
@@ -57,7 +59,7 @@ pub struct DiskSpec {
     pub mode: DiskMode,
     /// Format of the base. `None` means raw, unless the file looks like another format.
     pub format: Option<Format>,
-    /// Part of the source that the disk shows. Only a file source has parts.
+    /// Part of the source that the disk shows. Only a file or an image on a server has parts.
     pub part: SourcePart,
     /// Whether the mount shows the disk's partitions as files.
     pub partitions: Partitions,
@@ -178,10 +180,25 @@ impl OverlayKind {
 pub enum DiskSource {
     /// A file or a block device, by absolute path.
     File(PathBuf),
+    /// An image on a server.
+    Remote(Box<RemoteSpec>),
     /// All zeros; the size in bytes.
     Blank(u64),
     /// No stored data: written data is streamed out, or the data read is streamed in.
     Stream(Box<StreamSpec>),
+}
+
+impl DiskSource {
+    /// Returns the paths of this host that are opened for the source: the file, or the directory of
+    /// what is fetched.
+    pub fn paths(&self) -> impl Iterator<Item = &PathBuf> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Remote(remote) => remote.read_cache.as_ref(),
+            Self::Blank(_) | Self::Stream(_) => None,
+        }
+        .into_iter()
+    }
 }
 
 /// Destination of writes to a disk.

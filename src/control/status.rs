@@ -7,13 +7,15 @@ use std::sync::atomic::Ordering;
 use super::api::{
     BlockOverlayStatus, BufferStatus, DiskState, DiskStatus, HydrationState, LayerStatus,
     MountState, MountStatus, NeededBuffers, OverlayKindWord, OverlayStatus, PartitionStatus,
-    PeerStatus, Recovery, StatusDocument, StreamDirection, StreamState, StreamStatus, UsageStatus,
+    PeerStatus, Recovery, RemoteBaseStatus, StatusDocument, StreamDirection, StreamState,
+    StreamStatus, UsageStatus,
 };
 use super::{Control, json_line};
 use crate::catalog::CatalogEntry;
 use crate::disk::{Disk, HydrationPhase, LayerUsage, OverlayDirState, PartitionFile};
 use crate::overlay::Usage;
 use crate::overlay::recover::Recovered;
+use crate::remote::RemoteStatus;
 use crate::stream::Stream;
 use crate::stream::input::Input;
 use crate::stream::monitor::Monitor;
@@ -73,6 +75,7 @@ impl Control {
             warning: disk.no_space_status(),
             openers: disk.handle_count().into(),
             base: Some(disk.base_description()),
+            remote: disk.remote_status().map(RemoteBaseStatus::from),
             overlay: block_overlay_status(disk).or_else(|| reflink_status(disk)),
             stream: disk.stream().map(stream_status),
             partitions: disk
@@ -80,6 +83,22 @@ impl Control {
                 .iter()
                 .map(|one| partition_status(name, one))
                 .collect(),
+        }
+    }
+}
+
+impl From<RemoteStatus> for RemoteBaseStatus {
+    fn from(status: RemoteStatus) -> Self {
+        Self {
+            size: status.size,
+            fetched: status.fetched,
+            cached: status.cached,
+            hits: status.hits,
+            misses: status.misses,
+            requests: status.requests,
+            failures: status.failures,
+            waiting: status.waiting.map(|since| since.as_secs()),
+            outage: status.outage,
         }
     }
 }
@@ -107,6 +126,9 @@ fn redact(disk: &mut DiskStatus) {
         "whoever mounted it can see why".clone_into(error);
     }
     disk.base = None;
+    if let Some(remote) = &mut disk.remote {
+        remote.outage = None;
+    }
     if let Some(overlay) = &mut disk.overlay {
         overlay.path = None;
         for layer in overlay.blocks.iter_mut().flat_map(|blocks| &mut blocks.chain) {

@@ -7,16 +7,17 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::base::identity::Identity;
 use crate::base::{Base, BaseOptions};
 use crate::config::Format;
+use crate::identity::Identity;
 use crate::overlay::stack::{BaseRecord, FileRecord, view_fields};
+use crate::remote::RemoteImage;
 
 /// A base that cannot be read for the identity by which it is recognised later.
 #[derive(Debug, thiserror::Error)]
 #[error("base '{}' cannot be read: {error}", path.display())]
 pub struct UnreadableBase {
-    /// The path of the base, or of a file that it needs.
+    /// The path or address of the base, or the path of a file that it needs.
     pub path: PathBuf,
     /// The host's error.
     pub error: io::Error,
@@ -25,6 +26,12 @@ pub struct UnreadableBase {
 /// Computes the identity of the open `file`, which is at `path`.
 pub(super) fn identity_of(path: &Path, file: &File) -> Result<Identity, UnreadableBase> {
     Identity::of(file).map_err(|error| UnreadableBase { path: path.to_owned(), error })
+}
+
+/// Returns the identity of the image on a server.
+pub(super) fn remote_identity(remote: &RemoteImage) -> Result<Identity, UnreadableBase> {
+    let path = || PathBuf::from(remote.address().as_str());
+    remote.identity().map_err(|error| UnreadableBase { path: path(), error })
 }
 
 /// The base of a disk, as its overlay records it. The layer that reads it is the `bottom` of a
@@ -38,6 +45,16 @@ pub(super) enum BaseDescription {
         /// The part of the file that the disk is based on, in bytes; `None` for all of it.
         view: Option<Range<u64>>,
         /// The other files that the base is read from, such as the backing files of a qcow2 image.
+        needs: Vec<(PathBuf, Arc<File>)>,
+        allow_backing: Vec<PathBuf>,
+    },
+    /// An image on a server.
+    Remote {
+        remote: RemoteImage,
+        format: Format,
+        /// As for a file.
+        view: Option<Range<u64>>,
+        /// The files of this host that the image needs.
         needs: Vec<(PathBuf, Arc<File>)>,
         allow_backing: Vec<PathBuf>,
     },
@@ -56,12 +73,16 @@ pub(super) fn grain_at(start: u64, unit: u32) -> u32 {
 impl BaseDescription {
     /// Describes `base`, which was opened with `options`.
     pub(super) fn of(base: &Base, options: BaseOptions<'_>) -> Self {
+        let allow_backing = options.allow_backing.to_vec();
+        let (format, needs) = (options.format.unwrap_or(Format::Raw), base.needs.clone());
+        let view = base.view.clone();
+        if let Some(remote) = &base.remote {
+            let remote = remote.clone();
+            return Self::Remote { remote, format, view, needs, allow_backing };
+        }
         match (&base.path, &base.file) {
             (Some(path), Some(file)) => {
                 let (path, file) = (path.clone(), Arc::clone(file));
-                let allow_backing = options.allow_backing.to_vec();
-                let (format, needs) = (options.format.unwrap_or(Format::Raw), base.needs.clone());
-                let view = base.view.clone();
                 Self::File { path, file, format, view, needs, allow_backing }
             }
             _ => Self::Blank(base.size),
@@ -71,7 +92,12 @@ impl BaseDescription {
     /// The granularity of the holes in bytes: no hole begins or ends inside one such unit, unless
     /// the part of the file begins at no sector.
     pub(super) fn grain(&self) -> u32 {
-        let Self::File { file, view, .. } = self else { return u32::MAX };
+        let (file, view) = match self {
+            Self::File { file, view, .. } => (file, view),
+            // A server tells holes in sectors.
+            Self::Remote { .. } => return 512,
+            Self::Blank(_) => return u32::MAX,
+        };
         let unit = file.metadata().map_or(0, |found| found.blksize());
         let start = view.as_ref().map_or(0, |view| view.start);
         grain_at(start, u32::try_from(unit).unwrap_or(u32::MAX))
@@ -82,13 +108,24 @@ impl BaseDescription {
     /// # Errors
     /// [`UnreadableBase`] when a file's identity cannot be read.
     pub(super) fn to_record(&self) -> Result<BaseRecord, UnreadableBase> {
+        let record = |(path, file): &(PathBuf, Arc<File>)| {
+            Ok(FileRecord { path: path.clone(), identity: identity_of(path, file)? })
+        };
         match self {
             Self::Blank(size) => Ok(BaseRecord::Blank { size: *size }),
+            Self::Remote { remote, format, view, needs, .. } => {
+                let (offset, len) = view_fields(view.as_ref());
+                Ok(BaseRecord::Remote {
+                    address: remote.address().to_string(),
+                    format: format.to_string(),
+                    offset,
+                    len,
+                    identity: remote_identity(remote)?,
+                    needs: needs.iter().map(record).collect::<Result<_, UnreadableBase>>()?,
+                })
+            }
             Self::File { path, file, format, view, needs, .. } => {
                 let (offset, len) = view_fields(view.as_ref());
-                let record = |(path, file): &(PathBuf, Arc<File>)| {
-                    Ok(FileRecord { path: path.clone(), identity: identity_of(path, file)? })
-                };
                 Ok(BaseRecord::File {
                     path: path.clone(),
                     format: format.to_string(),
@@ -113,52 +150,71 @@ impl BaseDescription {
         Ok(identity.file_difference(&identity_of(path, file)?).is_none())
     }
 
-    /// The path; `None` for zeros.
+    /// The path; `None` for zeros, and for an image on a server.
     pub(super) fn path(&self) -> Option<&Path> {
         match self {
             Self::File { path, .. } => Some(path),
-            Self::Blank(_) => None,
+            Self::Remote { .. } | Self::Blank(_) => None,
         }
     }
 
-    /// The open file; `None` for zeros.
+    /// The open file; `None` for zeros, and for an image on a server.
     pub(super) fn file(&self) -> Option<&Arc<File>> {
         match self {
             Self::File { file, .. } => Some(file),
-            Self::Blank(_) => None,
+            Self::Remote { .. } | Self::Blank(_) => None,
         }
     }
 
-    /// Whether `base` is read from the same files, by device and inode.
+    /// The image on a server; `None` for others.
+    pub(super) fn remote(&self) -> Option<&RemoteImage> {
+        match self {
+            Self::Remote { remote, .. } => Some(remote),
+            Self::File { .. } | Self::Blank(_) => None,
+        }
+    }
+
+    /// Whether `base` is read from the same files, by device and inode, and from the same address.
     pub(super) fn is_same_files(&self, base: &Base) -> bool {
         let id = |file: &File| file.metadata().map(|found| (found.dev(), found.ino())).ok();
         let needed = base.needs.iter().map(|(_, file)| &**file);
         let others = base.file.as_deref().into_iter().chain(needed);
-        self.files().map(id).eq(others.map(id))
+        let is_same_image = match (self.remote(), &base.remote) {
+            (Some(mine), Some(other)) => mine.address() == other.address(),
+            (None, None) => true,
+            _ => false,
+        };
+        is_same_image && self.files().map(id).eq(others.map(id))
     }
 
-    /// All files that the base is read from.
+    /// All files of this host that the base is read from.
     pub(super) fn files(&self) -> impl Iterator<Item = &File> {
         let (file, needs) = match self {
             Self::File { file, needs, .. } => (Some(file), needs.as_slice()),
+            Self::Remote { needs, .. } => (None, needs.as_slice()),
             Self::Blank(_) => (None, [].as_slice()),
         };
         file.into_iter().chain(needs.iter().map(|(_, file)| file)).map(AsRef::as_ref)
     }
 
+    /// The other files of this host that the base is read from.
+    pub(super) fn needs(&self) -> impl Iterator<Item = &File> {
+        self.files().skip(usize::from(self.file().is_some()))
+    }
+
     /// The directories that may contain the backing files.
     pub(super) fn allow_backing(&self) -> &[PathBuf] {
         match self {
-            Self::File { allow_backing, .. } => allow_backing,
+            Self::File { allow_backing, .. } | Self::Remote { allow_backing, .. } => allow_backing,
             Self::Blank(_) => &[],
         }
     }
 
-    /// The metadata of the file; `None` for zeros, and when the host refuses.
+    /// The metadata of the file; `None` without a file, and when the host refuses.
     pub(super) fn metadata(&self) -> Option<Metadata> {
         match self {
             Self::File { file, .. } => file.metadata().ok(),
-            Self::Blank(_) => None,
+            Self::Remote { .. } | Self::Blank(_) => None,
         }
     }
 }

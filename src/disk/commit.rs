@@ -13,12 +13,12 @@ use super::operation::{Force, Operation};
 use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
 use crate::base::formats::BaseFormat;
-use crate::base::identity::Identity;
 use crate::base::{self, WritableBase};
 use crate::config::{Locking, format_size};
 use crate::confined;
 use crate::extents::ExtentKind;
 use crate::host::file_system;
+use crate::identity::Identity;
 use crate::layer::{Layer, Wait};
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::{CommitTarget, Overlay, Usage};
@@ -57,8 +57,15 @@ impl Disk {
         let operation = self.operations.begin("a commit")?;
         let overlay = self.committable_overlay()?;
         self.check_writers(force)?;
-        let BaseDescription::File { path, file, format, view, .. } = &*self.described_base() else {
-            return Err(refused("its base is blank: there is nothing to commit to"));
+        let described = self.described_base();
+        let (path, file, format, view) = match &*described {
+            BaseDescription::File { path, file, format, view, .. } => (path, file, format, view),
+            BaseDescription::Remote { .. } => {
+                return Err(refused("its base is on a server, which is only read: copy it out"));
+            }
+            BaseDescription::Blank(_) => {
+                return Err(refused("its base is blank: there is nothing to commit to"));
+            }
         };
         if !BaseFormat::of(*format).is_plain() {
             return Err(OperationError::Refused(format!(

@@ -1,7 +1,7 @@
 //! `keep`: makes a temporary overlay persistent.
 
 use super::Disk;
-use super::open::{OpenError, new_stack};
+use super::open::{COMMAND_IN_STORE, OpenError, new_stack};
 use crate::overlay::keep;
 use crate::overlay::persist::{self, OpenedOverlay, OverlayPath};
 
@@ -39,6 +39,10 @@ impl Disk {
                 "the disk has no overlay: mode=ro and mode=rw have nothing to keep",
             ));
         };
+        let is_command = self.base_address().is_some_and(|address| address.is_command());
+        if is_command && path.layers.is_some() {
+            return Err(refused(COMMAND_IN_STORE));
+        }
         if persist::exists(dir).map_err(OpenError::overlay(dir))? {
             return Err(OpenError::Mismatch {
                 dir: dir.to_owned(),

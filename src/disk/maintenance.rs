@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use super::Disk;
 use crate::layer::Wait;
+use crate::remote::RemoteImage;
 
 impl Disk {
     /// Whether `maintain` has work to do and is not running already.
@@ -12,6 +13,7 @@ impl Disk {
     pub fn needs_maintenance(&self) -> bool {
         !self.maintaining.load(Ordering::SeqCst)
             && (self.allocated.is_stale()
+                || self.described_base().remote().is_some_and(RemoteImage::needs_maintenance)
                 || self.overlay().is_some_and(|overlay| overlay.needs_maintenance()))
     }
 
@@ -31,6 +33,9 @@ impl Disk {
     }
 
     fn run_maintenance(&self) -> io::Result<()> {
+        if let Some(remote) = self.described_base().remote() {
+            remote.maintain();
+        }
         if let Some(overlay) = self.overlay() {
             self.record_mtime(&overlay);
             overlay.maintain()?;

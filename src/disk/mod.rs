@@ -89,13 +89,14 @@ use self::references::References;
 pub use self::references::{HandleAccess, InUse};
 pub use self::space::FsSpace;
 use self::space::SpaceFailures;
-use crate::config::{CopyUp, DirectIo, DiskMode, DiskSpec, Passthrough, Resize};
+use crate::config::{CopyUp, DirectIo, DiskMode, DiskSpec, Passthrough, RemoteAddress, Resize};
 use crate::layer::{Wait, WritableLayer};
 use crate::overlay::persist::Holder;
 use crate::overlay::recover::Recovered;
 use crate::overlay::reflink::Reflink;
 use crate::overlay::stack::inode_of;
 use crate::overlay::{DEFAULT_BLOCK_SIZE, Overlay};
+use crate::remote::{RemoteImage, RemoteStatus};
 use crate::stream::Stream;
 
 /// A mounted disk.
@@ -151,9 +152,10 @@ impl Disk {
             (Top::Overlay(_), _) | (_, None) => coarse_now(),
             (_, Some(found)) => mtime_of(&found),
         };
-        let source = match description.path() {
-            Some(path) => path.display().to_string(),
-            None => format!("blank:{}", layers.size()),
+        let source = match &description {
+            BaseDescription::File { path, .. } => path.display().to_string(),
+            BaseDescription::Remote { remote, .. } => remote.address().to_string(),
+            BaseDescription::Blank(_) => format!("blank:{}", layers.size()),
         };
         let grain = description.grain();
         Self {
@@ -356,6 +358,18 @@ impl Disk {
     #[must_use]
     pub fn base_path(&self) -> Option<PathBuf> {
         self.described_base().path().map(Path::to_owned)
+    }
+
+    /// The address of the disk's base; `None` for a base on this host.
+    #[must_use]
+    pub fn base_address(&self) -> Option<RemoteAddress> {
+        self.described_base().remote().map(|remote| remote.address().clone())
+    }
+
+    /// What was fetched of the disk's base; `None` for a base that is not fetched.
+    #[must_use]
+    pub fn remote_status(&self) -> Option<RemoteStatus> {
+        self.described_base().remote().and_then(RemoteImage::status)
     }
 
     /// Describes the disk's base for `status`.

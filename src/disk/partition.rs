@@ -199,7 +199,9 @@ impl Disk {
             {
                 Ok(Some(rustix::fs::ioctl_blksszget(&**file)?.into()))
             }
-            BaseDescription::File { .. } | BaseDescription::Blank(_) => Ok(None),
+            BaseDescription::File { .. }
+            | BaseDescription::Remote { .. }
+            | BaseDescription::Blank(_) => Ok(None),
         }
     }
 

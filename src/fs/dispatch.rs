@@ -2,7 +2,8 @@
 //! waited for, or one of a pool.
 //!
 //! ```text
-//!   query    worker, Wait::No  --EAGAIN-->  the disk's pools.io, Wait::Yes
+//!   query    worker, Wait::No  --EAGAIN-->  the disk's pools.io, Wait::Yes; for bytes that are on
+//!                                           their way from a server: once they have arrived, Wait::No
 //!   change   the same, with a permit; without one a thread of pools.sync takes the worker's part
 //!   sync     worker, with the only permit and few blocks to write; else pools.sync
 //!   names    the mount's pool; a directory is listed by the worker, unless it may wait for the host
@@ -16,6 +17,7 @@ use fuser::ReplyEmpty;
 
 use super::context::{CowslipFs, FsContext};
 use super::reply::{Deadline, ErrorReply, PoolKind};
+use crate::arrival::Arrival;
 use crate::disk::{Disk, DiskFile};
 use crate::layer::Wait;
 
@@ -32,12 +34,11 @@ fn try_or_defer<R: ErrorReply, T: 'static>(
     work: impl Fn(&Disk, Wait) -> io::Result<T> + Send + 'static,
     send: impl FnOnce(R, T) + Send + 'static,
 ) {
+    Arrival::forget_expected();
     let result = work(disk, Wait::No);
     if would_block(&result) {
         let target = Arc::clone(disk);
-        let work = move || work(&target, Wait::Yes);
-        shared.deadlines.defer(disk, PoolKind::Work, Deadline::IoTimeout, reply, work, send);
-        return;
+        return shared.deadlines.repeat(disk, reply, move |wait| work(&target, wait), send);
     }
     match result {
         Ok(value) => send(reply, value),

@@ -11,6 +11,7 @@ use super::dispatch::would_block;
 use super::page_cache::WHOLE_DISK;
 use super::reply::{Deadline, ErrorReply as _, PoolKind};
 use crate::aligned::AlignedBuf;
+use crate::arrival::Arrival;
 use crate::disk::{Disk, DiskFile, Whence};
 use crate::layer::Wait;
 use crate::stream::Stream;
@@ -39,6 +40,7 @@ impl CowslipFs {
             };
             return input.read(offset, len, pid, Box::new(send));
         }
+        Arrival::forget_expected();
         let unanswered = READ_BUFFER.with_borrow_mut(|buffer| {
             let buffer = buffer.prepare(len);
             let result = file.read(buffer, offset, Wait::No);
@@ -53,18 +55,23 @@ impl CowslipFs {
         });
         let Some(reply) = unanswered else { return self.busy_poll.poll_request() };
         let target = file.clone();
-        let work = move || {
+        let work = move |wait| {
             // The thread's own buffer, kept for as long as the thread lives: new memory costs as
             // much as the copy.
             let mut buffer = READ_BUFFER.take();
-            let got = target.read(buffer.prepare(len), offset, Wait::Yes)?;
-            Ok((buffer, got))
+            match target.read(buffer.prepare(len), offset, wait) {
+                Ok(got) => Ok((buffer, got)),
+                Err(error) => {
+                    READ_BUFFER.set(buffer);
+                    Err(error)
+                }
+            }
         };
         let send = |reply: ReplyData, (buffer, got): (AlignedBuf, usize)| {
             reply.data(&buffer.as_slice()[..got]);
             READ_BUFFER.set(buffer);
         };
-        self.shared.deadlines.defer(disk, PoolKind::Work, Deadline::IoTimeout, reply, work, send);
+        self.shared.deadlines.repeat(disk, reply, work, send);
     }
 
     /// Replies with the offset of the next data or hole of `file` from `offset` on.

@@ -13,7 +13,11 @@ use std::time::{Duration, Instant};
 use fuser::Errno;
 use parking_lot::Mutex;
 
+use super::dispatch::would_block;
+use crate::arrival::Arrival;
 use crate::disk::Disk;
+use crate::host::os_error;
+use crate::layer::Wait;
 use crate::pool::{self, Cancellable};
 
 /// A reply that can carry an error.
@@ -197,12 +201,7 @@ impl Deadlines {
         work: impl FnOnce() -> io::Result<T> + Send + 'static,
         send: impl FnOnce(R, T) + Send + 'static,
     ) {
-        let slot = Arc::new(ReplySlot { reply: Mutex::new(Some(reply)), held: false.into() });
-        if deadline == Deadline::IoTimeout {
-            let until = Instant::now() + self.io_timeout;
-            let (reply, disk) = (Arc::clone(&slot) as Arc<dyn PendingReply>, Arc::clone(disk));
-            self.pending.lock().push_back(TimedReply { until, reply, disk });
-        }
+        let slot = self.slot_for(disk, deadline, reply);
         let pool = match pool {
             PoolKind::Work => &disk.pools.io,
             PoolKind::Invalidate => &disk.pools.notify,
@@ -210,17 +209,102 @@ impl Deadlines {
             PoolKind::Map => &disk.pools.map,
         };
         pool.run(Box::new(move || {
-            if slot.is_replied() {
-                return; // The deadline passed while the work was queued: nothing is done.
-            }
-            let result = pool::run_cancellable(SlotRequest(Arc::clone(&slot)), work);
-            let Some(reply) = slot.reply.lock().take() else {
-                return;
-            };
-            match result {
-                Ok(value) => send(reply, value),
-                Err(error) => reply.reply_error(error),
+            if let Some(result) = slot.run(work) {
+                slot.finish(result, send);
             }
         }));
+    }
+
+    /// Repeats `work`, which has just answered `EAGAIN` on this thread: when the bytes that it needs
+    /// have arrived, if they are on their way, and else at once in the disk's pool, where it may
+    /// wait. The result goes to `send` for the reply.
+    pub(super) fn repeat<R: ErrorReply, T: 'static>(
+        &self,
+        disk: &Arc<Disk>,
+        reply: R,
+        work: impl Fn(Wait) -> io::Result<T> + Send + 'static,
+        send: impl FnOnce(R, T) + Send + 'static,
+    ) {
+        let arrival = Arrival::take_expected();
+        let slot = self.slot_for(disk, Deadline::IoTimeout, reply);
+        Repetition { slot, disk: Arc::clone(disk), work, send }.after(arrival);
+    }
+
+    /// Returns the slot of a reply, which has its deadline from now on.
+    fn slot_for<R: ErrorReply>(
+        &self,
+        disk: &Arc<Disk>,
+        deadline: Deadline,
+        reply: R,
+    ) -> Arc<ReplySlot<R>> {
+        let slot = Arc::new(ReplySlot { reply: Mutex::new(Some(reply)), held: false.into() });
+        if deadline == Deadline::IoTimeout {
+            let until = Instant::now() + self.io_timeout;
+            let (reply, disk) = (Arc::clone(&slot) as Arc<dyn PendingReply>, Arc::clone(disk));
+            self.pending.lock().push_back(TimedReply { until, reply, disk });
+        }
+        slot
+    }
+}
+
+impl<R: ErrorReply> ReplySlot<R> {
+    /// Runs `work` on behalf of the request; `None` when the deadline has passed, and nothing was
+    /// done.
+    fn run<T>(self: &Arc<Self>, work: impl FnOnce() -> io::Result<T>) -> Option<io::Result<T>> {
+        if self.is_replied() {
+            return None;
+        }
+        Some(pool::run_cancellable(SlotRequest(Arc::clone(self)), work))
+    }
+
+    /// Sends the reply, unless the deadline has passed.
+    fn finish<T>(&self, result: io::Result<T>, send: impl FnOnce(R, T)) {
+        let Some(reply) = self.reply.lock().take() else {
+            return;
+        };
+        match result {
+            Ok(value) => send(reply, value),
+            Err(error) => reply.reply_error(error),
+        }
+    }
+}
+
+/// A request whose work is repeated until it needs nothing any more that has yet to arrive.
+struct Repetition<R: ErrorReply, W, S> {
+    slot: Arc<ReplySlot<R>>,
+    disk: Arc<Disk>,
+    work: W,
+    send: S,
+}
+
+impl<R, T, W, S> Repetition<R, W, S>
+where
+    R: ErrorReply,
+    T: 'static,
+    W: Fn(Wait) -> io::Result<T> + Send + 'static,
+    S: FnOnce(R, T) + Send + 'static,
+{
+    /// Goes on in the disk's pool, once the bytes are there for which `arrival` stands.
+    fn after(self, arrival: Option<Arrival>) {
+        let pool = Arc::clone(&self.disk.pools.io);
+        match arrival {
+            None => pool.run(Box::new(move || self.attempt(Wait::Yes))),
+            Some(arrival) => arrival.then(Box::new(move |outcome| match outcome {
+                Ok(()) => pool.run(Box::new(move || self.attempt(Wait::No))),
+                Err(errno) => self.slot.finish(Err(os_error(errno)), self.send),
+            })),
+        }
+    }
+
+    fn attempt(self, wait: Wait) {
+        Arrival::forget_expected();
+        let Some(result) = self.slot.run(|| (self.work)(wait)) else { return };
+        if !would_block(&result) {
+            return self.slot.finish(result, self.send);
+        }
+        match Arrival::take_expected() {
+            None if wait == Wait::No => self.attempt(Wait::Yes),
+            arrival => self.after(arrival),
+        }
     }
 }

@@ -3,12 +3,12 @@
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::SeekFrom;
-use rustix::io::ReadWriteFlags;
+use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl};
+use rustix::io::{Errno, ReadWriteFlags};
 
 use super::os_error;
 use crate::layer::Wait;
@@ -142,6 +142,16 @@ pub fn start_writeback(file: impl AsFd, range: Range<u64>) {
     let (Ok(start), Ok(len)) = (i64::try_from(range.start), i64::try_from(len)) else { return };
     // SAFETY: takes numbers and touches no memory; `file` is open for the whole call.
     unsafe { libc::sync_file_range(file, start, len, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
+/// Returns the descriptor of `file`, set to `O_NONBLOCK`.
+///
+/// # Errors
+/// The host's errno.
+pub fn set_nonblocking(file: impl Into<OwnedFd>) -> Result<OwnedFd, Errno> {
+    let fd = file.into();
+    fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+    Ok(fd)
 }
 
 /// Returns the size of a regular file or a block device in bytes (`SEEK_END`). The file's position is

@@ -20,8 +20,8 @@ use std::path::PathBuf;
 
 pub use self::copy::{COPY_CHUNK, copy_range, or_copied_none};
 pub use self::file::{
-    file_size, is_read_only, read_at, read_full, start_writeback, sync_dir, sync_parent_dir,
-    write_all_at,
+    file_size, is_read_only, read_at, read_full, set_nonblocking, start_writeback, sync_dir,
+    sync_parent_dir, write_all_at,
 };
 pub use self::holes::{
     PUNCH_OR_ZERO, allocate, data_end, extent_at, fallocate, is_fallocate_unsupported, next_data,

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -13,6 +14,7 @@ use crate::base::self_reference;
 use crate::catalog::{Catalog, DiskOrigin};
 use crate::config::{DiskSource, DiskSpec, Partitions, check_names};
 use crate::disk::{self, OpenContext, OpenedDisk};
+use crate::remote;
 use crate::store::Store;
 
 /// Opens the store of `plan`, if it has one.
@@ -39,6 +41,7 @@ pub(super) fn open_disks(
 ) -> Result<Vec<String>, String> {
     check_names(&plan.disks).map_err(|error| error.to_string())?;
     signals.check_interrupted()?;
+    remote::set_io_timeout(Duration::from_secs(plan.options.io_timeout));
     let (uid, gid) = current_ids();
     let context = OpenContext {
         mountpoint: &catalog.mountpoint,
@@ -59,11 +62,7 @@ pub(super) fn open_disks(
     // Notes about disks of the store that the plan names as well come last.
     let mut stored_notes = Vec::new();
     for spec in &plan.disks {
-        let source = match &spec.source {
-            DiskSource::File(path) => Some(path),
-            DiskSource::Blank(_) | DiskSource::Stream(_) => None,
-        };
-        let mut files = source.into_iter().chain(&spec.overlay);
+        let mut files = spec.source.paths().chain(&spec.overlay);
         files
             .try_for_each(|path| check_answers(path))
             .map_err(|error| format!("{}: {error}", spec.name))?;
@@ -142,7 +141,8 @@ fn already_stored(catalog: &Catalog, spec: &DiskSpec) -> Result<Option<String>, 
         DiskSource::File(path) => path
             .canonicalize()
             .is_ok_and(|path| entry.disk.base_path().is_some_and(|base| base == path)),
-        _ => entry.disk.base_path().is_none(),
+        DiskSource::Remote(remote) => entry.disk.base_address().as_ref() == Some(&remote.address),
+        _ => entry.disk.base_path().is_none() && entry.disk.base_address().is_none(),
     };
     if is_same {
         return Ok(Some(format!("{}: is in the store already", spec.name)));

@@ -56,7 +56,7 @@ impl MountPlan {
     pub(crate) fn has_stdout_sink(&self) -> bool {
         self.disks.iter().any(|disk| match &disk.source {
             DiskSource::Stream(stream) => stream.flow == Flow::Out(SinkSpec::Stdout),
-            DiskSource::File(_) | DiskSource::Blank(_) => false,
+            DiskSource::File(_) | DiskSource::Remote(_) | DiskSource::Blank(_) => false,
         })
     }
 }

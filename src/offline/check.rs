@@ -8,14 +8,15 @@ use std::path::PathBuf;
 use uuid::Uuid;
 
 use super::{OfflineError, OverlayTarget};
-use crate::base::identity::Identity;
-use crate::config::SourcePart;
+use crate::config::{RemoteAddress, RemoteSpec, SourcePart};
 use crate::confined::{self, FileAccess};
+use crate::identity::Identity;
 use crate::overlay::error::{LogError, OverlayError};
 use crate::overlay::persist::{self, LockedOverlay};
 use crate::overlay::recover::Recovered;
-use crate::overlay::stack::{BaseRecord, FileRecord};
+use crate::overlay::stack::{FileRecord, RecordedSource, SourceLocation};
 use crate::overlay::verify::{LayerCheck, UnusedLayer, contradictions, short_uuid};
+use crate::remote::{self, RemoteImage};
 
 /// Reaction of a check to its findings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,17 +73,17 @@ pub(crate) enum BaseReport {
         /// Size of the disk in bytes.
         size: u64,
     },
-    /// A file or a device.
-    File {
-        /// Recorded path.
-        path: PathBuf,
+    /// A file, a device, or an image on a server.
+    Source {
+        /// Recorded path or address.
+        location: String,
         /// Recorded format.
         format: String,
-        /// Recorded size of the file in bytes.
+        /// Recorded size of the whole in bytes.
         size: u64,
-        /// The part of the file that is the base.
+        /// The part of it that is the base.
         part: SourcePart,
-        /// The state of the file.
+        /// Its state.
         state: BaseState,
     },
 }
@@ -96,6 +97,8 @@ pub(crate) enum BaseState {
     Changed,
     /// There is no such file.
     Missing,
+    /// The server does not answer.
+    Unreachable,
     /// A commit into the base was cut short, and can be finished.
     Committing,
 }
@@ -229,15 +232,24 @@ fn check_base(
     overlay: &LockedOverlay,
     damage: &mut Vec<String>,
 ) -> Result<BaseReport, OfflineError> {
-    let (path, format, identity) = match &overlay.stack.base {
-        BaseRecord::Blank { size } => return Ok(BaseReport::Blank { size: *size }),
-        BaseRecord::File { path, format, identity, .. } => (path, format, identity),
+    let Some(source) = overlay.stack.base.source() else {
+        return Ok(BaseReport::Blank { size: overlay.stack.base.blank_size() });
     };
-    let shown = path.display();
+    let shown = source.location.text();
     let failed = |error| OfflineError::host(format!("cannot read the base '{shown}'"))(error);
-    let found = match confined::open_input(path, FileAccess::Read) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        file => Some(Identity::of(&file.map_err(failed)?).map_err(failed)?),
+    let identity = source.identity;
+    let found = match source.location {
+        SourceLocation::Remote(address) => match remote_identity(address) {
+            Ok(found) => Some(found),
+            Err(why) => {
+                damage.push(format!("the base cannot be compared: {why}"));
+                return Ok(report_base(&source, overlay.stack.base.part(), BaseState::Unreachable));
+            }
+        },
+        SourceLocation::File(path) => match confined::open_input(path, FileAccess::Read) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            file => Some(Identity::of(&file.map_err(failed)?).map_err(failed)?),
+        },
     };
     let state = match found {
         None => {
@@ -260,8 +272,28 @@ fn check_base(
             }
         },
     };
-    let (path, format, part) = (path.clone(), format.clone(), overlay.stack.base.part());
-    Ok(BaseReport::File { path, format, size: identity.size, part, state })
+    Ok(report_base(&source, overlay.stack.base.part(), state))
+}
+
+fn report_base(source: &RecordedSource<'_>, part: SourcePart, state: BaseState) -> BaseReport {
+    BaseReport::Source {
+        location: source.location.text(),
+        format: source.format.to_owned(),
+        size: source.identity.size,
+        part,
+        state,
+    }
+}
+
+/// Asks the server for the identity of the image at `address`.
+fn remote_identity(address: &str) -> Result<Identity, String> {
+    let address = RemoteAddress::parse(address).map_err(|error| error.to_string())?;
+    if address.is_command() {
+        return Err(format!("'{address}' is a command, which is started only by a mount"));
+    }
+    let remote = remote::open(&RemoteSpec::new(address)).map_err(|error| error.to_string())?;
+    let remote = RemoteImage::Cached(remote);
+    remote.identity().map_err(|error| format!("'{}': {error}", remote.address()))
 }
 
 /// Checks that the backing files of the base exist and are unchanged, and returns the path, the
@@ -270,9 +302,9 @@ fn check_backing_files(
     overlay: &LockedOverlay,
     damage: &mut Vec<String>,
 ) -> Result<Vec<(PathBuf, u64, bool)>, OfflineError> {
-    let BaseRecord::File { needs, .. } = &overlay.stack.base else { return Ok(Vec::new()) };
+    let Some(source) = overlay.stack.base.source() else { return Ok(Vec::new()) };
     let mut report = Vec::new();
-    for FileRecord { path, identity } in needs {
+    for FileRecord { path, identity } in source.needs {
         let shown = path.display();
         let now = confined::open_input(path, FileAccess::Read).and_then(|file| Identity::of(&file));
         let difference = match now {
@@ -359,6 +391,7 @@ mod tests {
     use crate::overlay::FORMAT_VERSION;
     use crate::overlay::persist::{NewOverlay, OverlayPath};
     use crate::overlay::record::LayerMap;
+    use crate::overlay::stack::BaseRecord;
     use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack};
     use crate::overlay::state::{BlockIndex, BlockState};
     use crate::trusted_path::open_dir;

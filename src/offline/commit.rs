@@ -23,8 +23,12 @@ impl OfflineCommit {
         let failed = || OfflineError::overlay(dir);
         let stack = persist::open_overlay_dir(dir).and_then(|dir| Stack::read(&dir));
         let stack = stack.map_err(failed())?;
-        let BaseRecord::File { path: base, .. } = &stack.base else {
-            return Err(OfflineError::NothingToCommitTo(dir.to_owned()));
+        let base = match &stack.base {
+            BaseRecord::File { path, .. } => path,
+            BaseRecord::Remote { .. } => return Err(OfflineError::OnServer(dir.to_owned())),
+            BaseRecord::Blank { .. } => {
+                return Err(OfflineError::NothingToCommitTo(dir.to_owned()));
+            }
         };
         let name = dir.file_name().map_or("overlay".into(), |name| name.to_string_lossy());
         let mut spec = disk::spec_over(&name, &stack.base).map_err(failed())?;

@@ -69,6 +69,9 @@ pub(crate) enum OfflineError {
     /// The overlay has a blank disk for its base.
     #[error("overlay '{}': its base is blank: there is nothing to commit to", .0.display())]
     NothingToCommitTo(PathBuf),
+    /// The base is on a server, and only read.
+    #[error("overlay '{}': its base is on a server, which is only read: mount it, and copy it out", .0.display())]
+    OnServer(PathBuf),
     /// The base has a format that this version does not read.
     #[error("overlay '{}' has a base of format {format}: use a newer cowslip", dir.display())]
     Format {
@@ -79,12 +82,12 @@ pub(crate) enum OfflineError {
     },
     /// The file is not the base of the overlay.
     #[error(
-        "'{}' is not the base of overlay '{}' ({difference}): name the right one, or use --force and risk nonsense",
-        base.display(), dir.display()
+        "'{base}' is not the base of overlay '{}' ({difference}): name the right one, or use --force and risk nonsense",
+        dir.display()
     )]
     OtherBase {
-        /// The file that was named.
-        base: PathBuf,
+        /// The base that was named.
+        base: String,
         /// Directory of the overlay.
         dir: PathBuf,
         /// How the file differs from the recorded base.

@@ -10,11 +10,13 @@ use std::sync::Arc;
 
 use super::{OfflineError, is_store, single_target};
 use crate::base::formats::BaseFormat;
-use crate::base::identity::Identity;
 use crate::base::{self, BaseAccess, BaseError, BaseOptions};
-use crate::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
+use crate::config::{
+    DirectIo, DiskSource, Format, Locking, Passthrough, RemoteAddress, SourcePart,
+};
+use crate::identity::Identity;
 use crate::overlay::persist::{self, LockedOverlay};
-use crate::overlay::stack::{BaseRecord, FileRecord, Stack};
+use crate::overlay::stack::{BaseRecord, FileRecord, RecordedSource, Stack};
 
 /// Policy for a base that does not match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,33 +27,33 @@ pub(crate) enum OnMismatch {
     Accept,
 }
 
-/// The result of a rebase.
+/// The result of a rebase. A base is a path, or the address of an image on a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Rebased {
     /// The base is recorded as it is already.
     Unchanged {
-        /// Real path of the base.
-        base: PathBuf,
+        /// The base; a path without links.
+        base: String,
     },
     /// The overlay has another base now.
     Moved {
-        /// Real path of the new base.
-        base: PathBuf,
-        /// Recorded path of the old base.
-        was: PathBuf,
+        /// The new base; a path without links.
+        base: String,
+        /// The recorded old base.
+        was: String,
         /// How the new base differs from the old one, if a mismatch was accepted.
         difference: Option<String>,
     },
 }
 
-/// Makes the file `new` the base of the overlay at `dir`. Backing files of an image must lie in its
-/// directory or below one of `allow_backing`.
+/// Makes `new`, a file or an image on a server, the base of the overlay at `dir`. Backing files of an
+/// image must lie in its directory or below one of `allow_backing`.
 ///
 /// # Errors
 /// [`OfflineError`]; the overlay is unchanged then.
 pub(crate) fn rebase(
     dir: &Path,
-    new: &Path,
+    new: &DiskSource,
     on_mismatch: OnMismatch,
     allow_backing: &[PathBuf],
 ) -> Result<Rebased, OfflineError> {
@@ -62,18 +64,18 @@ pub(crate) fn rebase(
     let overlay =
         persist::lock_overlay(target.overlay_path()).map_err(OfflineError::overlay(dir))?;
     let part = overlay.stack.base.part();
-    let BaseRecord::File { path: was, format, offset, len, identity, needs } =
-        overlay.stack.base.clone()
-    else {
+    let Some(was) = overlay.stack.base.source() else {
         return Err(OfflineError::NoBase(dir.to_owned()));
     };
+    let format = was.format.to_owned();
     let known = format.parse::<Format>().ok().filter(|format| BaseFormat::of(*format).is_read());
     let Some(known) = known else {
         return Err(OfflineError::Format { dir: dir.to_owned(), format });
     };
     // Use the recorded format: if the contents match, there is nothing to detect.
     let found = NewBase::inspect(new, Some(known), part, allow_backing)?;
-    let difference = difference(&overlay, dir, &identity, &needs, &found)?;
+    let difference = difference(&overlay, dir, &was, &found)?;
+    let shown = found.shown();
     if let Some(difference) = &difference {
         // If the file looks like another format, that is the clearer error.
         if BaseFormat::of(known).is_plain() {
@@ -81,21 +83,20 @@ pub(crate) fn rebase(
         }
         if on_mismatch == OnMismatch::Refuse {
             return Err(OfflineError::OtherBase {
-                base: new.to_owned(),
+                base: source_text(new),
                 dir: dir.to_owned(),
                 difference: difference.clone(),
             });
         }
     }
-    let base = found.path.clone();
-    if base == was && found.identity == identity && found.needs == needs {
-        return Ok(Rebased::Unchanged { base });
+    let old = was.location.text();
+    let record = found.into_record(&format, was.part);
+    if record == overlay.stack.base {
+        return Ok(Rebased::Unchanged { base: shown });
     }
-    let NewBase { path, identity, needs } = found;
-    let record = BaseRecord::File { path, format, offset, len, identity, needs };
     let stack = Stack { base: record, ..overlay.stack.clone() };
     overlay.into_dir().replace_stack(stack).map_err(OfflineError::overlay(dir))?;
-    Ok(Rebased::Moved { base, was, difference })
+    Ok(Rebased::Moved { base: shown, was: old, difference })
 }
 
 /// Describes how `found` differs from the base that the overlay recorded; `None` if it is the same
@@ -103,13 +104,12 @@ pub(crate) fn rebase(
 fn difference(
     overlay: &LockedOverlay,
     dir: &Path,
-    identity: &Identity,
-    needs: &[FileRecord],
+    was: &RecordedSource<'_>,
     found: &NewBase,
 ) -> Result<Option<String>, OfflineError> {
     if overlay.is_committing().map_err(OfflineError::overlay(dir))? {
         // The contents are neither old nor new, so only the file itself can be compared.
-        return Ok(identity.file_difference(&found.identity).map(|difference| {
+        return Ok(was.identity.file_difference(&found.identity).map(|difference| {
             let shown = dir.display();
             format!(
                 "{difference}, and a commit was cut short that cowslip commit '{shown}' finishes"
@@ -117,52 +117,95 @@ fn difference(
         }));
     }
     let of_backing_files = || {
-        if needs.len() != found.needs.len() {
+        if was.needs.len() != found.needs.len() {
             return Some("it needs other files".to_owned());
         }
-        needs.iter().zip(&found.needs).find_map(|(was, is)| {
+        was.needs.iter().zip(&found.needs).find_map(|(was, is)| {
             let difference = was.identity.differences_of_copy(&is.identity)?;
             Some(format!("its backing file '{}': {difference}", is.path.display()))
         })
     };
-    Ok(identity.differences_of_copy(&found.identity).or_else(of_backing_files))
+    Ok(was.identity.differences_of_copy(&found.identity).or_else(of_backing_files))
+}
+
+/// The place of the candidate for the new base.
+enum NewLocation {
+    /// Real path.
+    File(PathBuf),
+    Remote(RemoteAddress),
 }
 
 /// The candidate for the new base.
 struct NewBase {
-    /// Real path.
-    path: PathBuf,
+    location: NewLocation,
     identity: Identity,
     /// Backing files.
     needs: Vec<FileRecord>,
 }
 
 impl NewBase {
-    /// Opens the base at `path`, and collects what an overlay records of a base.
+    /// Opens the base at `source`, and collects what an overlay records of a base.
     fn inspect(
-        path: &Path,
+        source: &DiskSource,
         format: Option<Format>,
         part: SourcePart,
         allow_backing: &[PathBuf],
     ) -> Result<Self, OfflineError> {
-        let source = DiskSource::File(path.to_owned());
         let (access, locking, passthrough) = (BaseAccess::Read, Locking::Qemu, Passthrough::Off);
         let direct = DirectIo::Off;
         let options =
             BaseOptions { format, part, access, locking, passthrough, direct, allow_backing };
-        let base = base::open(&source, options)?;
-        let failed =
-            |error| OfflineError::host(format!("cannot read the base '{}'", path.display()))(error);
+        let base = base::open(source, options)?;
+        let shown = source_text(source);
+        let failed = |error| OfflineError::host(format!("cannot read the base '{shown}'"))(error);
         let record = |(path, file): &(PathBuf, Arc<File>)| {
             Ok(FileRecord { path: path.clone(), identity: Identity::of(file)? })
         };
         let needs = base.needs.iter().map(record).collect::<io::Result<_>>();
-        let missing = || BaseError::Missing(path.to_owned());
+        let missing = || BaseError::Missing(PathBuf::from(&shown));
+        let location = match &base.remote {
+            Some(remote) => NewLocation::Remote(remote.address().clone()),
+            None => NewLocation::File(base.path.clone().ok_or_else(missing)?),
+        };
         Ok(Self {
-            path: base.path.clone().ok_or_else(missing)?,
+            location,
             identity: base.identity().map_err(failed)?.ok_or_else(missing)?,
             needs: needs.map_err(failed)?,
         })
+    }
+
+    /// The path or the address.
+    fn shown(&self) -> String {
+        match &self.location {
+            NewLocation::File(path) => path.display().to_string(),
+            NewLocation::Remote(address) => address.to_string(),
+        }
+    }
+
+    /// Returns the record for an overlay over this base, in the format `format`; `part` is the start
+    /// and the length of the part, as recorded.
+    fn into_record(self, format: &str, part: (Option<u64>, Option<u64>)) -> BaseRecord {
+        let Self { location, identity, needs } = self;
+        let (format, (offset, len)) = (format.to_owned(), part);
+        match location {
+            NewLocation::File(path) => {
+                BaseRecord::File { path, format, offset, len, identity, needs }
+            }
+            NewLocation::Remote(address) => {
+                let address = address.to_string();
+                BaseRecord::Remote { address, format, offset, len, identity, needs }
+            }
+        }
+    }
+}
+
+/// Describes the source that the user named.
+fn source_text(source: &DiskSource) -> String {
+    match source {
+        DiskSource::File(path) => path.display().to_string(),
+        DiskSource::Remote(remote) => remote.address.to_string(),
+        DiskSource::Blank(_) => "blank".to_owned(),
+        DiskSource::Stream(_) => "stream".to_owned(),
     }
 }
 
@@ -218,14 +261,14 @@ mod tests {
     }
 
     fn try_rebase(home: &Path, name: &str, on_mismatch: OnMismatch) -> Result<Rebased, String> {
-        rebase(&home.join("o"), &home.join(name), on_mismatch, &[])
+        rebase(&home.join("o"), &DiskSource::File(home.join(name)), on_mismatch, &[])
             .map_err(|error| error.to_string())
     }
 
     fn inspect(path: &Path) -> (PathBuf, Identity) {
-        let NewBase { path, identity, .. } =
-            NewBase::inspect(path, None, SourcePart::Whole, &[]).unwrap();
-        (path, identity)
+        let source = DiskSource::File(path.to_owned());
+        let found = NewBase::inspect(&source, None, SourcePart::Whole, &[]).unwrap();
+        (PathBuf::from(found.shown()), found.identity)
     }
 
     fn base_of(home: &Path) -> (PathBuf, Identity) {
@@ -240,7 +283,8 @@ mod tests {
         let home = home.path();
         fs::write(home.join("copy"), [7; 9000]).unwrap();
         symlink("copy", home.join("link")).unwrap();
-        let (base, was) = (home.join("copy"), home.join("a"));
+        let text = |name: &str| home.join(name).display().to_string();
+        let (base, was) = (text("copy"), text("a"));
         let rebased = try_rebase(home, "link", OnMismatch::Refuse).unwrap();
         assert_eq!(rebased, Rebased::Moved { base: base.clone(), was, difference: None });
         assert_eq!(base_of(home), inspect(&home.join("copy")));
@@ -303,7 +347,8 @@ mod tests {
         );
         drop(held);
         fs::create_dir(home.path().join("names")).unwrap();
-        let line = rebase(home.path(), &dir, OnMismatch::Accept, &[]).unwrap_err().to_string();
+        let source = DiskSource::File(dir);
+        let line = rebase(home.path(), &source, OnMismatch::Accept, &[]).unwrap_err().to_string();
         assert!(line.contains("is a store: name one of its disks"), "{line}");
     }
 }

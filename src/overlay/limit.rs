@@ -1,4 +1,5 @@
-//! The limit on the data of an overlay, the disk key `limit`: checked before a change takes space.
+//! The space that an overlay's data takes, and the limit on it, the disk key `limit`, which is checked
+//! before a change takes space.
 
 use std::io;
 use std::ops::Range;
@@ -8,7 +9,27 @@ use super::Overlay;
 use super::state::{BlockIndex, BlockState};
 use crate::host::os_error;
 
+/// The space that an overlay's blocks take, for display.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes in Data blocks.
+    pub data: u64,
+    /// Bytes in Zero blocks, which hide the base.
+    pub zero: u64,
+}
+
 impl Overlay {
+    /// Returns the space that the overlay's blocks take.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        let map = self.map.read();
+        Usage {
+            // A log may name blocks past the last byte offset, so the product may overflow.
+            data: map.blocks.data_blocks().saturating_mul(self.block_size),
+            zero: map.blocks.zero_blocks().saturating_mul(self.block_size),
+        }
+    }
+
     /// Caps the bytes of data that the overlay may hold from now on.
     pub fn set_limit(&mut self, limit: Option<u64>) {
         self.limit = limit.map(|limit| limit / self.block_size);

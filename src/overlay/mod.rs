@@ -82,6 +82,7 @@ use self::commit::CommitTracker;
 use self::group_commit::GroupCommit;
 use self::host_file::HostFile;
 use self::journal::{DirtyBlocks, Journal};
+pub use self::limit::Usage;
 use self::pending::PendingFrees;
 use self::range_locks::RangeLocks;
 use self::readers::Readers;
@@ -143,15 +144,6 @@ pub struct Overlay {
     is_closed: Mutex<bool>,
     /// Whether the host's file system is read-only, and this layer with it.
     is_read_only: bool,
-}
-
-/// The space that an overlay's blocks take, for display.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Usage {
-    /// Bytes in Data blocks.
-    pub data: u64,
-    /// Bytes in Zero blocks, which hide the base.
-    pub zero: u64,
 }
 
 impl Overlay {
@@ -247,17 +239,6 @@ impl Overlay {
     #[must_use]
     pub fn is_latched(&self) -> bool {
         self.latched.load(Ordering::Relaxed)
-    }
-
-    /// Returns the space that the overlay's blocks take.
-    #[must_use]
-    pub fn usage(&self) -> Usage {
-        let map = self.map.read();
-        Usage {
-            // A log may name blocks past the last byte offset, so the product may overflow.
-            data: map.blocks.data_blocks().saturating_mul(self.block_size),
-            zero: map.blocks.zero_blocks().saturating_mul(self.block_size),
-        }
     }
 
     /// Returns the revision of the map, which grows with every change of it.

@@ -11,10 +11,12 @@
 //! write, fsync, rename, fsync of the directory. It is read and written in an open directory, so
 //! renaming a directory above changes nothing.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -24,9 +26,9 @@ use super::checksummed;
 use super::error::OverlayError;
 use super::tree::LayerTree;
 pub use super::tree::{LayerRecord, SnapshotRecord};
-use crate::base::identity::Identity;
 use crate::config::{OverlayKind, SourcePart, is_block_size};
 use crate::confined;
+use crate::identity::Identity;
 
 /// The longest `stack` in bytes: some ten thousand layers.
 const MAX_STACK_LEN: u64 = 4 << 20;
@@ -81,6 +83,24 @@ pub enum BaseRecord {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         needs: Vec<FileRecord>,
     },
+    /// An image on a server.
+    Remote {
+        /// The address, without secrets.
+        address: String,
+        /// The name of the format by which the base is read.
+        format: String,
+        /// As for a file.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        offset: Option<u64>,
+        /// As for a file.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        len: Option<u64>,
+        /// The identity that the whole image must have.
+        identity: Identity,
+        /// The files of this host that a qcow2 image needs.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        needs: Vec<FileRecord>,
+    },
     /// Nothing but zeros.
     Blank {
         /// The size in bytes.
@@ -89,14 +109,100 @@ pub enum BaseRecord {
 }
 
 impl BaseRecord {
-    /// Returns the part of its file that the base is.
+    /// Returns what is recorded of a base with bytes of its own; `None` for a blank disk.
+    #[must_use]
+    pub fn source(&self) -> Option<RecordedSource<'_>> {
+        let (location, format, offset, len, identity, needs) = match self {
+            Self::File { path, format, offset, len, identity, needs } => {
+                (SourceLocation::File(path), format, offset, len, identity, needs)
+            }
+            Self::Remote { address, format, offset, len, identity, needs } => {
+                (SourceLocation::Remote(address), format, offset, len, identity, needs)
+            }
+            Self::Blank { .. } => return None,
+        };
+        Some(RecordedSource { location, format, part: (*offset, *len), identity, needs })
+    }
+
+    /// Returns the size of a blank disk in bytes; 0 for others.
+    #[must_use]
+    pub fn blank_size(&self) -> u64 {
+        match self {
+            Self::Blank { size } => *size,
+            Self::File { .. } | Self::Remote { .. } => 0,
+        }
+    }
+
+    /// Returns the part of its file or image that the base is.
     #[must_use]
     pub fn part(&self) -> SourcePart {
         match self {
-            Self::Blank { .. } | Self::File { offset: None, len: None, .. } => SourcePart::Whole,
-            Self::File { offset, len, .. } => {
+            Self::Blank { .. }
+            | Self::File { offset: None, len: None, .. }
+            | Self::Remote { offset: None, len: None, .. } => SourcePart::Whole,
+            Self::File { offset, len, .. } | Self::Remote { offset, len, .. } => {
                 SourcePart::Bytes { offset: offset.unwrap_or(0), len: *len }
             }
+        }
+    }
+}
+
+/// A recorded base that has bytes of its own.
+#[derive(Debug)]
+pub struct RecordedSource<'a> {
+    /// The place of the bytes.
+    pub location: SourceLocation<'a>,
+    /// The name of the format by which the base is read.
+    pub format: &'a str,
+    /// The start and the length in bytes of the part that the base is, as in the record.
+    pub part: (Option<u64>, Option<u64>),
+    /// The identity of the whole.
+    pub identity: &'a Identity,
+    /// The other files from which the base is read.
+    pub needs: &'a [FileRecord],
+}
+
+/// The place of a base's bytes; displays in quotes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceLocation<'a> {
+    /// A file or a device, by its path.
+    File(&'a Path),
+    /// An image on a server, by its address.
+    Remote(&'a str),
+}
+
+impl SourceLocation<'_> {
+    /// Returns the path or the address, without quotes.
+    #[must_use]
+    pub fn text(&self) -> String {
+        match self {
+            Self::File(path) => path.display().to_string(),
+            Self::Remote(address) => (*address).to_owned(),
+        }
+    }
+
+    /// Returns whether the path leads to `file`, by device and inode.
+    #[must_use]
+    pub fn leads_to(&self, file: Option<&File>) -> bool {
+        let (Self::File(path), Some(file)) = (self, file) else { return false };
+        let (Ok(there), Ok(here)) = (std::fs::metadata(path), file.metadata()) else {
+            return false;
+        };
+        (there.dev(), there.ino()) == (here.dev(), here.ino())
+    }
+
+    /// Returns whether nothing has this path any more. A server is not asked.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::File(path) if !path.exists())
+    }
+}
+
+impl fmt::Display for SourceLocation<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => write!(f, "'{}'", path.display()),
+            Self::Remote(address) => write!(f, "'{address}'"),
         }
     }
 }

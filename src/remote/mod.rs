@@ -1,20 +1,41 @@
 //! Images on servers: read over the network, and kept in a cache on the host.
 //!
 //! ```text
-//!   RemoteBase (a Layer)      what is cached answers at once; the rest is fetched
-//!     │          │
-//!     │          └── cache/   the bytes that were fetched, and which these are
-//!     └── transport.rs        asks the server, many requests at a time
-//!           └── nbd/          the protocols
+//!   RemoteBase (a Layer)      what is cached answers at once; the rest is fetched. RemoteDisk
+//!     │     │     │           (mode=rw) keeps nothing and asks the transport itself
+//!     │     │     └── cache/  the bytes that were fetched, and which these are
+//!     │     └── plan.rs       what to fetch for a read, and what to read ahead (pure)
+//!     └── fetcher.rs          each byte once; what somebody waits for first
+//!           └── transport.rs  asks the server, many requests at a time
+//!                 └── nbd/    the protocols
 //! ```
 
+mod answer;
+mod base;
 mod cache;
+mod error;
+mod extent_cache;
+mod fetcher;
+mod image;
 mod nbd;
+mod open;
 mod plan;
 mod transport;
+mod writable;
 
+pub use self::base::{RemoteBase, RemoteStatus};
+pub use self::error::RemoteError;
+pub use self::image::RemoteImage;
 #[doc(hidden)]
-pub use nbd::fuzzing;
+pub use self::nbd::fuzzing;
+pub(crate) use self::open::set_io_timeout;
+pub use self::open::{open, open_writable};
+pub use self::writable::RemoteDisk;
 
-/// Bytes in a block: the unit in which the cache knows what is there.
-const BLOCK_SIZE: u64 = 4096;
+/// The granularity of what is fetched and kept, in bytes: a page.
+const BLOCK_SIZE: u64 = 4 << 10;
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::time::Duration;
 
 use crate::extents::Extent;
 
@@ -44,6 +45,11 @@ pub(crate) trait Transport: Send + Sync {
     /// To `done`: the server's errno; `ETIMEDOUT`; `ESTALE` when the image is another one by now,
     /// from then on for every request.
     fn read(&self, range: Range<u64>, done: ReadDone);
+
+    /// Returns for how long there has been no connection, and why; `None` while there is one.
+    fn outage(&self) -> Option<(Duration, String)> {
+        None
+    }
 
     /// Whether the server tells holes from data.
     fn knows_extents(&self) -> bool;

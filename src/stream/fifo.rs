@@ -6,12 +6,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, mkfifoat};
+use rustix::fs::{FileType, Mode, OFlags, mkfifoat};
 use rustix::io::Errno;
 use rustix::pipe::fcntl_setpipe_size;
 
 use super::error::StreamOpenError;
 use crate::confined::is_own;
+use crate::host;
 use crate::trusted_path;
 
 /// The size of a pipe in bytes: 1 MiB, the most that an unprivileged process may ask for. It evens
@@ -85,14 +86,7 @@ pub(super) fn open(path: &Path, access: OFlags) -> io::Result<OwnedFd> {
     if !is_own(located.metadata().uid()) || located.real_path().is_err() {
         return Err(Errno::PERM.into());
     }
-    Ok(set_nonblocking(located.open(access)?)?)
-}
-
-/// Returns the descriptor of `file`, set to `O_NONBLOCK`.
-pub(super) fn set_nonblocking(file: impl Into<OwnedFd>) -> Result<OwnedFd, Errno> {
-    let fd = file.into();
-    fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
-    Ok(fd)
+    Ok(host::set_nonblocking(located.open(access)?)?)
 }
 
 /// Makes `pipe` as large as it may be.

@@ -18,7 +18,6 @@ pub mod command;
 pub mod context;
 pub mod error;
 mod fifo;
-pub mod guard;
 pub mod input;
 mod layer;
 pub mod monitor;
@@ -32,9 +31,7 @@ mod segments;
 pub mod sink;
 pub mod source;
 mod spill;
-pub(crate) mod stderr;
 mod stdio;
-pub mod stop;
 pub mod window;
 
 use std::sync::Arc;

@@ -22,11 +22,11 @@ use super::fifo::{self, file_type_name};
 use super::input::Source;
 use super::monitor::Monitor;
 use super::stdio::{self, Direction, FdMode};
-use super::stop::Stop;
 use crate::base::self_reference::check_self_reference;
 use crate::config::{Programs, SourceSpec, StreamSpec};
 use crate::confined::PathHandle;
 use crate::host::os_error;
+use crate::program::stop::Stop;
 
 /// An open source. Dropping it kills its commands.
 #[derive(Debug)]
@@ -152,7 +152,7 @@ fn open_file(path: &Path, context: &StreamContext<'_>) -> Result<OpenedSource, S
     };
     let name = if kind.is_file() { "file" } else { "device" };
     let label = format!("file:{}", path.display());
-    let fd = located.open(OFlags::RDONLY).and_then(|file| Ok(fifo::set_nonblocking(file)?));
+    let fd = located.open(OFlags::RDONLY).and_then(|file| Ok(crate::host::set_nonblocking(file)?));
     Ok((fd.map_err(failed)?, mode, Monitor::new(name, &label, None)))
 }
 

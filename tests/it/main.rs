@@ -45,6 +45,7 @@ mod plain_tools;
 mod process;
 mod qcow2;
 mod reflink;
+mod remote;
 mod send;
 mod send_kill;
 mod send_sparse;

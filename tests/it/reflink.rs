@@ -12,8 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::common::mount::*;
 use crate::common::random::*;
-use cowslip::base::identity::Identity;
 use cowslip::config::OverlayKind;
+use cowslip::identity::Identity;
 use cowslip::layer::{Layer, WritableLayer};
 use cowslip::overlay::FORMAT_VERSION;
 use cowslip::overlay::error::OverlayError;

@@ -10,10 +10,10 @@ use cowslip::config::{
     DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, SinkSpec, SpillCompression, StreamFrames,
     StreamSpec,
 };
+use cowslip::program::stop::Stop;
 use cowslip::stream::context::{StdioMode, StreamContext};
 use cowslip::stream::output::Sink;
 use cowslip::stream::sink::{HostSink, StreamOpenError};
-use cowslip::stream::stop::Stop;
 
 const MIB: u64 = 1 << 20;
 

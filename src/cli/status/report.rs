@@ -52,10 +52,11 @@ impl MountReport {
             text += &disk_table(&mount.disks).to_string();
         }
         let partitions = mount.disks.iter().flat_map(partition_lines);
+        let remotes = mount.disks.iter().filter_map(remote_line);
         let activities = mount.disks.iter().filter_map(activity_line);
         let problems = mount.disks.iter().filter_map(problem_line);
         let problems = mount.error.clone().into_iter().chain(problems);
-        for line in partitions.chain(activities).chain(problems) {
+        for line in partitions.chain(remotes).chain(activities).chain(problems) {
             text += &format!("  {}\n", printable(&line));
         }
         text
@@ -167,6 +168,30 @@ fn activity_line(disk: &DiskStatus) -> Option<String> {
     Some(format!("{}: {operation} is going on{percent}{paused}", disk.name))
 }
 
+/// Describes what was fetched of a base on a server.
+fn remote_line(disk: &DiskStatus) -> Option<String> {
+    let remote = disk.remote.as_ref()?;
+    let (name, requests) = (&disk.name, remote.requests);
+    let (fetched, size) = (format_size(remote.fetched), format_size(remote.size));
+    let kept = format_size(remote.cached);
+    let failures = match remote.failures {
+        0 => String::new(),
+        failures => format!(" ({failures} failed)"),
+    };
+    let waiting = match remote.waiting {
+        // A request takes a moment.
+        None | Some(0) => String::new(),
+        Some(secs) => format!(", waiting for the server since {secs} s"),
+    };
+    let outage = match &remote.outage {
+        None => String::new(),
+        Some(why) => format!(", no connection ({why})"),
+    };
+    Some(format!(
+        "{name}: fetched {fetched} of {size} in {requests} requests{failures}, {kept} kept here{waiting}{outage}"
+    ))
+}
+
 fn problem_line(disk: &DiskStatus) -> Option<String> {
     let problem = disk.error.as_ref().or(disk.warning.as_ref())?;
     Some(format!("{}: {problem}", disk.name))
@@ -177,6 +202,21 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_base_on_a_server_has_a_line() {
+        let disk = json!({
+            "name": "vm", "remote": {
+                "size": 10737418240u64, "fetched": 1048576, "cached": 524288, "requests": 4,
+                "failures": 1, "waiting": 7, "outage": "refused",
+            },
+        });
+        let disk = DiskStatus::deserialize(&disk).unwrap();
+        let line = "vm: fetched 1 MiB of 10 GiB in 4 requests (1 failed), 512 KiB kept here, waiting \
+                    for the server since 7 s, no connection (refused)";
+        assert_eq!(remote_line(&disk).as_deref(), Some(line));
+        assert_eq!(remote_line(&DiskStatus::default()), None);
+    }
 
     #[test]
     fn stream_row_shows_its_state_and_its_buffers() {

@@ -26,6 +26,10 @@ pub(super) fn check_reflink(disk: &DiskSpec) -> Result<(), SpecError> {
         return Ok(());
     }
     let refused = |name, why| Err(SpecError::key(name, why));
+    if matches!(disk.source, DiskSource::Remote(_)) {
+        let why = "is for files of this host, and this image is on a server: drop it";
+        return refused("reflink", why);
+    }
     if !matches!(disk.source, DiskSource::File(_)) {
         return refused("reflink", "is for files, and this disk is blank: drop it");
     }
@@ -76,6 +80,9 @@ pub(super) fn check_direct(disk: &DiskSpec) -> Result<(), SpecError> {
         return Ok(());
     }
     let refused = |why| Err(SpecError::key("direct", why));
+    if matches!(disk.source, DiskSource::Remote(_)) {
+        return refused("is for files of this host, and this image is on a server: drop it");
+    }
     if disk.overlay_kind == OverlayKind::Reflink {
         return refused(
             "is not for reflink, whose bytes the kernel reads and writes itself: drop one",
@@ -134,10 +141,27 @@ pub(super) fn check_stream(
     Ok(())
 }
 
+/// Checks the files of an encrypted connection.
+pub(super) fn check_tls(disk: &DiskSpec) -> Result<(), SpecError> {
+    let DiskSource::Remote(remote) = &disk.source else { return Ok(()) };
+    let files =
+        [("tls-ca", &remote.tls_ca), ("tls-cert", &remote.tls_cert), ("tls-key", &remote.tls_key)];
+    let given = files.iter().find(|(_, file)| file.is_some());
+    match (given, remote.tls_cert.is_some(), remote.tls_key.is_some()) {
+        (Some((key, _)), ..) if !remote.address.is_encrypted() => {
+            let why = "is for nbds://, and this connection is not encrypted: drop it";
+            Err(SpecError::key(*key, why))
+        }
+        (_, true, false) => Err(SpecError::key("tls-cert", "needs tls-key= beside it")),
+        (_, false, true) => Err(SpecError::key("tls-key", "needs tls-cert= beside it")),
+        _ => Ok(()),
+    }
+}
+
 /// Checks the mode of a blank disk, which has no base to read or write.
 pub(super) fn check_mode(disk: &DiskSpec) -> Result<(), SpecError> {
     match (&disk.source, disk.mode) {
-        (DiskSource::File(_) | DiskSource::Stream(_), _)
+        (DiskSource::File(_) | DiskSource::Remote(_) | DiskSource::Stream(_), _)
         | (DiskSource::Blank(_), DiskMode::Cow) => Ok(()),
         (DiskSource::Blank(_), mode) => {
             let why = "is for files, and this disk is blank: drop it, a blank disk is mode=cow";

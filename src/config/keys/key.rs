@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use crate::config::error::{self, parse_decimal};
 use crate::config::raw_value::{RawValue, absolute};
-use crate::config::{DiskMode, DiskSource, DiskSpec, Flow, SpecError, StreamSpec, parse_size};
+use crate::config::{
+    DiskMode, DiskSource, DiskSpec, Flow, RemoteSpec, SpecError, StreamSpec, parse_size,
+};
 
 /// The setting of a switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +22,12 @@ pub(super) enum KeyScope {
     All,
     /// Disks with random access, including blank ones.
     Disks,
+    /// Files, devices, and images on servers.
     Files,
+    /// Files and devices of this host.
+    HostFiles,
+    /// Images on servers.
+    Remote,
     Cow,
     /// Streams in either direction.
     Streams,
@@ -40,6 +47,9 @@ pub(super) enum KeySetter {
     Perm(fn(&mut DiskSpec, u16)),
     Word(fn(&mut DiskSpec, &str) -> Result<(), SpecError>),
     Path(fn(&mut DiskSpec, PathBuf)),
+    RemoteSize(fn(&mut RemoteSpec, u64) -> Result<(), SpecError>),
+    RemoteOrdinal(fn(&mut RemoteSpec, u32) -> Result<(), SpecError>),
+    RemotePath(fn(&mut RemoteSpec, PathBuf)),
     /// The sink or source of a stream; called with the value and the directory of relative paths.
     Flow(fn(&RawValue, &Path) -> Result<Flow, SpecError>),
     StreamSize(fn(&mut StreamSpec, u64)),
@@ -70,8 +80,16 @@ impl DiskKey {
             KeyScope::Streams | KeyScope::Outputs | KeyScope::Inputs if !is_stream => {
                 "is only for streams, NAME=stream:SIZE: drop it"
             }
-            KeyScope::Disks | KeyScope::Files | KeyScope::Cow if is_stream => {
+            KeyScope::Remote if !matches!(disk.source, DiskSource::Remote(_)) => {
+                "is only for images on servers, such as NAME=nbd://HOST/EXPORT: drop it"
+            }
+            KeyScope::Disks | KeyScope::Files | KeyScope::HostFiles | KeyScope::Cow
+                if is_stream =>
+            {
                 "is not for streams: drop it"
+            }
+            KeyScope::HostFiles if matches!(disk.source, DiskSource::Remote(_)) => {
+                "is for files of this host, and this image is on a server: drop it"
             }
             _ => return Ok(()),
         };
@@ -106,6 +124,8 @@ impl DiskKey {
                 RawValue::Integer(number, _),
                 KeySetter::Size(_)
                 | KeySetter::StreamSize(_)
+                | KeySetter::RemoteSize(_)
+                | KeySetter::RemoteOrdinal(_)
                 | KeySetter::Id(_)
                 | KeySetter::Ordinal(_),
             ) => Ok(number.to_string().into()),
@@ -146,6 +166,9 @@ impl DiskKey {
             KeySetter::Perm(set) => set(disk, parse_perm(word()?)?),
             KeySetter::Word(set) => set(disk, word()?)?,
             KeySetter::Path(set) => set(disk, absolute(text, dir)?),
+            KeySetter::RemoteSize(set) => set(remote_mut(disk)?, parse_size(word()?)?)?,
+            KeySetter::RemoteOrdinal(set) => set(remote_mut(disk)?, parse_ordinal(word()?)?)?,
+            KeySetter::RemotePath(set) => set(remote_mut(disk)?, absolute(text, dir)?),
             KeySetter::StreamSize(set) => set(stream_mut(disk)?, parse_size(word()?)?),
             KeySetter::StreamWord(set) | KeySetter::StreamSwitchWord(set) => {
                 set(stream_mut(disk)?, word()?)?;
@@ -170,7 +193,7 @@ impl DiskKey {
             return Err(SpecError::key(self.name, format!("{why}: drop it")));
         }
         match (self.scope, &disk.source, disk.mode) {
-            (KeyScope::Files, DiskSource::Blank(_), _) => {
+            (KeyScope::Files | KeyScope::HostFiles, DiskSource::Blank(_), _) => {
                 let why = "is for files, and this disk is blank: drop it";
                 Err(SpecError::key(self.name, why))
             }
@@ -188,6 +211,13 @@ fn stream_mut(disk: &mut DiskSpec) -> Result<&mut StreamSpec, SpecError> {
     match &mut disk.source {
         DiskSource::Stream(stream) => Ok(stream),
         _ => Err(SpecError::Missing("not a stream")),
+    }
+}
+
+fn remote_mut(disk: &mut DiskSpec) -> Result<&mut RemoteSpec, SpecError> {
+    match &mut disk.source {
+        DiskSource::Remote(remote) => Ok(remote),
+        _ => Err(SpecError::Missing("not an image on a server")),
     }
 }
 

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use self::check::{
     check_direct, check_flow, check_mode, check_part, check_passthrough, check_reflink,
-    check_stream,
+    check_stream, check_tls,
 };
 use self::key::DiskKey;
 use self::table::KEYS;
@@ -72,6 +72,7 @@ pub(super) fn apply_keys(
     check_reflink(disk)?;
     check_passthrough(disk)?;
     check_direct(disk)?;
+    check_tls(disk)?;
     check_stream(disk, &seen)
 }
 

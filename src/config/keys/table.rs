@@ -3,8 +3,8 @@
 use super::key::{DiskKey, KeyScope, KeySetter, Switch};
 use crate::config::{
     DirectIo, DiskMode, DiskSpec, FinishWhen, Flow, Locking, OverlayKind, Overwrite, Pad,
-    Partitions, Passthrough, Resize, SinkSpec, SourcePart, SpecError, SpillCompression, Spool,
-    StreamFrames, StreamSpec, error, flow, is_block_size,
+    Partitions, Passthrough, RemoteSpec, Resize, SinkSpec, SourcePart, SpecError, SpillCompression,
+    Spool, StreamFrames, StreamSpec, error, flow, is_block_size,
 };
 
 /// Every key.
@@ -47,8 +47,8 @@ pub(super) static KEYS: &[DiskKey] = &[
     row("uid", KeyScope::All, "1000", KeySetter::Id(|disk, id| disk.uid = Some(id))),
     row("gid", KeyScope::All, "1000", KeySetter::Id(|disk, id| disk.gid = Some(id))),
     row("perm", KeyScope::All, "0644", KeySetter::Perm(|disk, perm| disk.perm = Some(perm))),
-    row("lock", KeyScope::Files, "on|off", KeySetter::Switch(set_lock)),
-    row("passthrough", KeyScope::Files, "on|off", KeySetter::Switch(set_passthrough)),
+    row("lock", KeyScope::HostFiles, "on|off", KeySetter::Switch(set_lock)),
+    row("passthrough", KeyScope::HostFiles, "on|off", KeySetter::Switch(set_passthrough)),
     row("direct", KeyScope::Disks, "on|off", KeySetter::Switch(set_direct)),
     row("offset", KeyScope::Files, "1M", KeySetter::Size(set_offset)),
     row("len", KeyScope::Files, "4G", KeySetter::Size(set_len)),
@@ -59,6 +59,42 @@ pub(super) static KEYS: &[DiskKey] = &[
         KeySetter::Ordinal(|disk, number| disk.part = SourcePart::Partition(number)),
     ),
     row("partitions", KeyScope::Disks, "on|off", KeySetter::Switch(set_partitions)),
+    row("fetch", KeyScope::Remote, "256K", KeySetter::RemoteSize(set_fetch)),
+    row("ahead", KeyScope::Remote, "16M", KeySetter::RemoteSize(set_ahead)),
+    row("conns", KeyScope::Remote, "8", KeySetter::RemoteOrdinal(set_conns)),
+    row(
+        "read-cache",
+        KeyScope::Remote,
+        "DIR",
+        KeySetter::RemotePath(|remote, dir| {
+            remote.read_cache = Some(dir);
+        }),
+    ),
+    row(
+        "tls-ca",
+        KeyScope::Remote,
+        "FILE",
+        KeySetter::RemotePath(|remote, file| {
+            remote.tls_ca = Some(file);
+        }),
+    ),
+    row(
+        "tls-cert",
+        KeyScope::Remote,
+        "FILE",
+        KeySetter::RemotePath(|remote, file| {
+            remote.tls_cert = Some(file);
+        }),
+    ),
+    row(
+        "tls-key",
+        KeyScope::Remote,
+        "FILE",
+        KeySetter::RemotePath(|remote, file| {
+            remote.tls_key = Some(file);
+        }),
+    ),
+    row("read-cache-size", KeyScope::Remote, "4G", KeySetter::RemoteSize(set_cache_size)),
     // The direction is the first key of a stream: the others depend on it.
     row("to", KeyScope::Streams, SINK_FORMS, KeySetter::Flow(flow::parse_to)),
     row("from", KeyScope::Streams, SOURCE_FORMS, KeySetter::Flow(flow::parse_from)),
@@ -153,6 +189,41 @@ fn set_len(disk: &mut DiskSpec, len: u64) -> Result<(), SpecError> {
         SourcePart::Whole | SourcePart::Partition(_) => 0,
     };
     disk.part = SourcePart::Bytes { offset, len: Some(len) };
+    Ok(())
+}
+
+fn set_fetch(remote: &mut RemoteSpec, size: u64) -> Result<(), SpecError> {
+    if !size.is_power_of_two() || !(4 << 10..=4 << 20).contains(&size) {
+        let wanted = "an amount to fetch: take a power of two from 4K to 4M, as in 256K";
+        return Err(SpecError::value(size.to_string(), wanted));
+    }
+    remote.fetch = size;
+    Ok(())
+}
+
+fn set_ahead(remote: &mut RemoteSpec, size: u64) -> Result<(), SpecError> {
+    if size > 1 << 30 {
+        let wanted = "an amount to read ahead: take 0 to 1G, as in 16M";
+        return Err(SpecError::value(size.to_string(), wanted));
+    }
+    remote.ahead = size;
+    Ok(())
+}
+
+fn set_conns(remote: &mut RemoteSpec, count: u32) -> Result<(), SpecError> {
+    if count > 64 {
+        return Err(SpecError::value(count.to_string(), "a number of connections: take 1 to 64"));
+    }
+    remote.conns = count;
+    Ok(())
+}
+
+fn set_cache_size(remote: &mut RemoteSpec, size: u64) -> Result<(), SpecError> {
+    if size < 64 << 20 {
+        let wanted = "a size for a cache: take 64M or more, as in 4G";
+        return Err(SpecError::value(size.to_string(), wanted));
+    }
+    remote.read_cache_size = size;
     Ok(())
 }
 

@@ -28,7 +28,8 @@ pub(crate) use self::request::{
 };
 pub(crate) use self::status::{
     BlockOverlayStatus, BufferStatus, DiskStatus, LayerStatus, MountStatus, NeededBuffers,
-    OverlayStatus, PartitionStatus, PeerStatus, StatusDocument, StreamStatus, UsageStatus,
+    OverlayStatus, PartitionStatus, PeerStatus, RemoteBaseStatus, StatusDocument, StreamStatus,
+    UsageStatus,
 };
 pub(crate) use self::words::{
     DiskState, HydrationState, MountState, OverlayKindWord, Recovery, StreamDirection, StreamState,

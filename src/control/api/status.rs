@@ -59,9 +59,36 @@ pub(crate) struct DiskStatus {
     /// The number of open handles.
     pub(crate) openers: u64,
     pub(crate) base: Option<String>,
+    /// What was fetched of a base on a server; left out for other disks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) remote: Option<RemoteBaseStatus>,
     pub(crate) overlay: Option<OverlayStatus>,
     pub(crate) stream: Option<StreamStatus>,
     pub(crate) partitions: Vec<PartitionStatus>,
+}
+
+/// What was fetched of a base on a server.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct RemoteBaseStatus {
+    /// The size of the whole image.
+    pub(crate) size: u64,
+    /// Bytes that were fetched.
+    pub(crate) fetched: u64,
+    /// Bytes that are kept on this host.
+    pub(crate) cached: u64,
+    /// Reads that were answered from what is kept.
+    pub(crate) hits: u64,
+    /// Reads that had to wait for the server.
+    pub(crate) misses: u64,
+    /// Requests for bytes.
+    pub(crate) requests: u64,
+    /// Requests that failed.
+    pub(crate) failures: u64,
+    /// Seconds since which the oldest request has been waiting for the server; `None` when none is.
+    pub(crate) waiting: Option<u64>,
+    /// The reason why there is no connection to the server.
+    pub(crate) outage: Option<String>,
 }
 
 /// The overlay of a disk.

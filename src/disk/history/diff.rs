@@ -40,14 +40,16 @@ pub enum DiffBase {
     Zeros,
     /// All of a file, and its format.
     File(PathBuf, String),
-    /// A part of a file, which other formats cannot refer to.
+    /// A part of a file, or an image on a server, which other formats cannot refer to.
     Part,
 }
 
 impl DiffBase {
     fn of(base: &BaseDescription) -> Self {
         match base {
-            BaseDescription::File { view: Some(_), .. } => Self::Part,
+            BaseDescription::File { view: Some(_), .. } | BaseDescription::Remote { .. } => {
+                Self::Part
+            }
             BaseDescription::File { path, format, .. } => {
                 Self::File(path.clone(), format.to_string())
             }

@@ -1,15 +1,12 @@
 //! The check that a base is the one that its overlay records, and unchanged.
 
-use std::fs::File;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
 use super::context::OpenContext;
 use super::error::OpenError;
 use crate::config::format_size;
-use crate::disk::base_description::{BaseDescription, UnreadableBase, identity_of};
-use crate::overlay::stack::{BaseRecord, FileRecord, view_fields};
+use crate::disk::base_description::{BaseDescription, UnreadableBase};
+use crate::overlay::stack::{BaseRecord, FileRecord, RecordedSource, SourceLocation};
 
 /// The way in which a base does not fit its overlay; text to follow the overlay's directory.
 pub(super) enum BaseMismatch {
@@ -46,83 +43,60 @@ pub(super) fn find_mismatch(
     recorded: &BaseRecord,
     now: &BaseDescription,
 ) -> Result<Option<BaseMismatch>, UnreadableBase> {
-    Ok(match (recorded, now) {
-        (BaseRecord::Blank { size: old }, BaseDescription::Blank(new)) if old == new => None,
-        (BaseRecord::Blank { size: old }, BaseDescription::Blank(new)) => {
-            Some(other_base(&blank(*old), &blank(*new)))
-        }
-        (BaseRecord::Blank { size }, BaseDescription::File { path, .. }) => {
-            Some(BaseMismatch::OtherBase(format!(
-                "is one of {}, not of {}: a hydrated overlay is detached from its base, mount it as NAME=blank:{size},overlay=...",
-                blank(*size),
-                quoted(path)
-            )))
-        }
-        (BaseRecord::File { path, .. }, BaseDescription::Blank(size)) => {
-            Some(other_base(&quoted(path), &blank(*size)))
-        }
-        (BaseRecord::File { .. }, BaseDescription::File { .. }) => {
-            match find_other_file(recorded, now) {
-                Some(other) => Some(other),
-                None => find_changed_file(recorded, now)?,
-            }
-        }
+    let current = now.to_record()?;
+    Ok(match (recorded.source(), current.source()) {
+        (Some(old), Some(new)) => find_other_source(&old, &new, now)
+            .or_else(|| find_changed_source(&old, &new, now).map(BaseMismatch::Changed)),
+        (None, Some(new)) => Some(BaseMismatch::OtherBase(format!(
+            "is one of {}, not of {}: a hydrated overlay is detached from its base, mount it as NAME=blank:{},overlay=...",
+            blank(recorded),
+            new.location,
+            recorded.blank_size()
+        ))),
+        (Some(old), None) => Some(other_base(&old.location.to_string(), &blank(&current))),
+        (None, None) if recorded == &current => None,
+        (None, None) => Some(other_base(&blank(recorded), &blank(&current))),
     })
 }
 
-/// Compares path, format and part of two files.
-fn find_other_file(recorded: &BaseRecord, now: &BaseDescription) -> Option<BaseMismatch> {
-    let (
-        BaseRecord::File { path: old_path, format: old_format, offset, len, .. },
-        BaseDescription::File { path, file, format, view, .. },
-    ) = (recorded, now)
-    else {
-        return None;
-    };
-    let (old, new) = (quoted(old_path), quoted(path));
-    if *old_format != format.to_string() {
-        return Some(other_base(&format!("{old} as {old_format}"), &format!("{new} as {format}")));
-    }
-    if old_path != path && !is_same_file(old_path, file) {
-        if old_path.exists() {
-            return Some(other_base(&old, &new));
-        }
-        return Some(BaseMismatch::OtherBase(format!(
-            "is one of {old}, which is gone: if it is {new} now, say so with cowslip rebase"
-        )));
-    }
-    let (old_part, part) = ((*offset, *len), view_fields(view.as_ref()));
-    (old_part != part).then(|| {
-        let (old_part, part) = (describe_part(old_part), describe_part(part));
-        other_base(&format!("{old} {old_part}"), &format!("{new} {part}"))
-    })
-}
-
-/// Compares the contents of a file, and of the files that it needs, with the recorded ones.
-fn find_changed_file(
-    recorded: &BaseRecord,
+/// Compares place, format and part of two sources of bytes.
+fn find_other_source(
+    old: &RecordedSource<'_>,
+    new: &RecordedSource<'_>,
     now: &BaseDescription,
-) -> Result<Option<BaseMismatch>, UnreadableBase> {
-    let (
-        BaseRecord::File { identity: recorded, needs: recorded_needs, .. },
-        BaseDescription::File { path, file, needs, .. },
-    ) = (recorded, now)
-    else {
-        return Ok(None);
-    };
-    let current = identity_of(path, file)?;
-    let remedy = match recorded.differences_of_copy(&current) {
+) -> Option<BaseMismatch> {
+    let (was, is) = (&old.location, &new.location);
+    if old.format != new.format {
+        let (was, is) = (format!("{was} as {}", old.format), format!("{is} as {}", new.format));
+        return Some(other_base(&was, &is));
+    }
+    if was != is && !was.leads_to(now.file().map(|file| &**file)) {
+        if was.is_gone() {
+            return Some(BaseMismatch::OtherBase(format!(
+                "is one of {was}, which is gone: if it is {is} now, say so with cowslip rebase"
+            )));
+        }
+        return Some(other_base(&was.to_string(), &is.to_string()));
+    }
+    (old.part != new.part).then(|| {
+        let (old_part, part) = (describe_part(old.part), describe_part(new.part));
+        other_base(&format!("{was} {old_part}"), &format!("{is} {part}"))
+    })
+}
+
+/// Compares the contents of a source, and of the files that it needs, with the recorded ones.
+fn find_changed_source(
+    old: &RecordedSource<'_>,
+    new: &RecordedSource<'_>,
+    now: &BaseDescription,
+) -> Option<String> {
+    let remedy = match old.identity.differences_of_copy(new.identity) {
         Some(_) => "",
         None => "; if it is a copy of that, use cowslip rebase",
     };
-    let change = match recorded.differences(&current) {
-        None => find_changed_need(recorded_needs, needs)?,
-        change => change,
-    };
-    Ok(change.map(|change| {
-        let path = quoted(path);
-        BaseMismatch::Changed(format!("does not fit its base {path} any more ({change}{remedy})"))
-    }))
+    let change = old.identity.differences(new.identity);
+    let change = change.or_else(|| find_changed_need(old.needs, new.needs, now))?;
+    Some(format!("does not fit its base {} any more ({change}{remedy})", new.location))
 }
 
 fn other_base(old: &str, new: &str) -> BaseMismatch {
@@ -131,12 +105,8 @@ fn other_base(old: &str, new: &str) -> BaseMismatch {
     ))
 }
 
-fn blank(size: u64) -> String {
-    format!("a blank disk of {}", format_size(size))
-}
-
-fn quoted(path: &Path) -> String {
-    format!("'{}'", path.display())
+fn blank(record: &BaseRecord) -> String {
+    format!("a blank disk of {}", format_size(record.blank_size()))
 }
 
 /// Describes a part of a base, given by its start and length in bytes.
@@ -152,29 +122,24 @@ fn describe_part(part: (Option<u64>, Option<u64>)) -> String {
 /// Describes the first difference between the files that a base needs now and the recorded ones.
 fn find_changed_need(
     recorded: &[FileRecord],
-    now: &[(PathBuf, Arc<File>)],
-) -> Result<Option<String>, UnreadableBase> {
-    let (old, new) = (recorded.len(), now.len());
+    current: &[FileRecord],
+    now: &BaseDescription,
+) -> Option<String> {
+    let (old, new) = (recorded.len(), current.len());
     if old != new {
-        return Ok(Some(format!("it needs {new} other files, and needed {old}")));
+        return Some(format!("it needs {new} other files, and needed {old}"));
     }
-    for (recorded, (path, file)) in recorded.iter().zip(now) {
-        let shown = path.display();
-        if recorded.path != *path && !is_same_file(&recorded.path, file) {
+    for ((recorded, current), file) in recorded.iter().zip(current).zip(now.needs()) {
+        let shown = current.path.display();
+        if recorded.path != current.path
+            && !SourceLocation::File(&recorded.path).leads_to(Some(file))
+        {
             let old = recorded.path.display();
-            return Ok(Some(format!("it needs '{shown}' instead of '{old}'")));
+            return Some(format!("it needs '{shown}' instead of '{old}'"));
         }
-        if let Some(change) = recorded.identity.differences(&identity_of(path, file)?) {
-            return Ok(Some(format!("its backing file '{shown}': {change}")));
+        if let Some(change) = recorded.identity.differences(&current.identity) {
+            return Some(format!("its backing file '{shown}': {change}"));
         }
     }
-    Ok(None)
-}
-
-/// Whether `path` leads to `file`, by device and inode.
-fn is_same_file(path: &Path, file: &File) -> bool {
-    let (Ok(there), Ok(here)) = (std::fs::metadata(path), file.metadata()) else {
-        return false;
-    };
-    (there.dev(), there.ino()) == (here.dev(), here.ino())
+    None
 }

@@ -14,7 +14,7 @@ use super::persistent::{apply_spec, assemble_persistent, open_persistent};
 use super::reflink;
 use crate::base::self_reference::check_self_reference;
 use crate::base::{self, BaseAccess, BaseLayer, BaseOptions};
-use crate::config::{DiskMode, DiskSource, DiskSpec, Partitions, format_size};
+use crate::config::{DiskMode, DiskSpec, Partitions, format_size};
 use crate::disk::Disk;
 use crate::disk::attrs::DiskOwner;
 use crate::disk::base_description::BaseDescription;
@@ -36,7 +36,7 @@ pub(super) fn open_layers(
     context: &OpenContext<'_>,
     layer_cache: &Arc<LayerCache>,
 ) -> Result<OpenedDisk, OpenError> {
-    if let DiskSource::File(path) = &spec.source {
+    for path in spec.source.paths() {
         check_self_reference(path, context.mountpoint, context.mount_dev)?;
     }
     if let Some(OverlayPath { dir, .. }) = overlay {

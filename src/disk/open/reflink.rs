@@ -110,6 +110,7 @@ fn reflink_source(description: &BaseDescription) -> Result<SharedBase<'_>, Refli
             Ok(SharedBase { path, file })
         }
         BaseDescription::File { .. } => Err(ReflinkError::Base("a block device".to_owned())),
+        BaseDescription::Remote { .. } => Err(ReflinkError::Base("on a server".to_owned())),
         BaseDescription::Blank(_) => Err(ReflinkError::Base("blank".to_owned())),
     }
 }

@@ -11,7 +11,7 @@ use super::layered::{complete, open_layers};
 use super::opened::OpenedDisk;
 use super::persistent::{assemble_persistent, new_stack, uuid_for};
 use crate::base::{self, Base, BaseAccess, BaseError, BaseOptions};
-use crate::config::{DiskSource, DiskSpec};
+use crate::config::{DiskSource, DiskSpec, RemoteAddress, RemoteSpec};
 use crate::disk::Disk;
 use crate::disk::attrs::DiskOwner;
 use crate::disk::base_description::BaseDescription;
@@ -26,21 +26,35 @@ use crate::overlay::record::LayerMap;
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::tree::LayerTree;
 
+/// The reason why a store has no disk over `nbd+exec:`.
+pub(in crate::disk) const COMMAND_IN_STORE: &str =
+    "a command as its base would be started by every mount of the store: give it overlay=DIR";
+
 /// Returns the spec of a disk over the recorded `base`, with every other key at its default.
 ///
 /// # Errors
 /// [`OverlayError::Syntax`] for an unknown format.
 pub fn spec_over(name: &str, base: &BaseRecord) -> Result<DiskSpec, OverlayError> {
+    let over = |source, format: &String| {
+        let known = format.parse();
+        let known =
+            known.map_err(|_| OverlayError::Syntax(format!("a base of format {format}")))?;
+        let mut spec = DiskSpec::new(name.to_owned(), source);
+        spec.format = Some(known);
+        spec.part = base.part();
+        Ok::<_, OverlayError>(spec)
+    };
     Ok(match base {
         BaseRecord::Blank { size } => DiskSpec::new(name.to_owned(), DiskSource::Blank(*size)),
-        BaseRecord::File { path, format, .. } => {
-            let known = format.parse();
-            let known =
-                known.map_err(|_| OverlayError::Syntax(format!("a base of format {format}")))?;
-            let mut spec = DiskSpec::new(name.to_owned(), DiskSource::File(path.clone()));
-            spec.format = Some(known);
-            spec.part = base.part();
-            spec
+        BaseRecord::File { path, format, .. } => over(DiskSource::File(path.clone()), format)?,
+        BaseRecord::Remote { address, format, .. } => {
+            let address = RemoteAddress::parse(address)
+                .map_err(|error| OverlayError::Syntax(error.to_string()))?;
+            if address.is_command() {
+                let why = "its base is a command, which no overlay may start: name it yourself";
+                return Err(OverlayError::Syntax(why.to_owned()));
+            }
+            over(DiskSource::Remote(Box::new(RemoteSpec::new(address))), format)?
         }
     })
 }
@@ -80,6 +94,9 @@ pub fn create_stored(
     overlay: OverlayPath<'_>,
     context: &OpenContext<'_>,
 ) -> Result<OpenedDisk, OpenError> {
+    if matches!(&spec.source, DiskSource::Remote(remote) if remote.address.is_command()) {
+        return Err(OpenError::Refused(COMMAND_IN_STORE.to_owned()));
+    }
     complete(spec, open_layers(spec, Some(overlay), context, &Arc::default())?)
 }
 

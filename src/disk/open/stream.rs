@@ -18,13 +18,13 @@ use crate::disk::base_description::BaseDescription;
 use crate::disk::layers::{LayerStack, Top};
 use crate::host::temporary_dir;
 use crate::layer::{Layer, WritableLayer};
+use crate::program::stop::Stop;
 use crate::stream::Stream;
 use crate::stream::context::StreamContext;
 use crate::stream::input::Input;
 use crate::stream::output::Output;
 use crate::stream::sink::{HostSink, StreamOpenError};
 use crate::stream::source::HostSource;
-use crate::stream::stop::Stop;
 
 /// A started stream, its layers and a summary for the user.
 struct StartedStream {

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-pub(crate) use self::options::{Access, NbdHealth, NbdOpenError, NbdOptions};
+pub(crate) use self::options::{Access, NbdOpenError, NbdOptions};
 use self::shared::Shared;
 use super::codec::request::{Command, Durability, encode};
 use super::connection::Connection;
@@ -36,10 +36,10 @@ use super::state::State;
 use super::uri::NbdTarget;
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
+use crate::program::stop::Stop;
 use crate::remote::transport::{
     ChangeDone, ExtentsDone, ReadDone, RequestLimits, Transport, WritableTransport,
 };
-use crate::stream::stop::Stop;
 
 /// The longest range of one block status with compact headers, whose lengths have 32 bits, and with
 /// extended ones. A server may have to walk all of it before it answers.
@@ -117,18 +117,11 @@ impl NbdClient {
         self.shared.export.tail()
     }
 
-    /// Whether the server refuses changes.
-    pub(crate) fn is_read_only(&self) -> bool {
-        self.shared.export.flags.is_read_only()
-    }
-
-    /// Returns the connections, and the outage if there is one.
-    pub(crate) fn health(&self) -> NbdHealth {
+    /// Returns the number of connections in use.
+    #[cfg(test)]
+    fn connections(&self) -> usize {
         let state = self.shared.state.lock();
-        NbdHealth {
-            connections: state.slots.iter().filter(|slot| slot.connection.is_some()).count(),
-            outage: state.outage.as_ref().map(|outage| (outage.since, outage.why.clone())),
-        }
+        state.slots.iter().filter(|slot| slot.connection.is_some()).count()
     }
 
     fn is_inside(&self, range: &Range<u64>) -> bool {
@@ -151,6 +144,11 @@ impl Transport for NbdClient {
 
     fn limits(&self) -> RequestLimits {
         self.shared.limits
+    }
+
+    fn outage(&self) -> Option<(Duration, String)> {
+        let state = self.shared.state.lock();
+        state.outage.as_ref().map(|outage| (outage.since.elapsed(), outage.why.clone()))
     }
 
     fn read(&self, range: Range<u64>, done: ReadDone) {

@@ -9,7 +9,7 @@
 //!
 //! The program ends with the daemon, however that ends: its process group is killed when the client
 //! is dropped, the kernel kills the program when our thread ends (PR_SET_PDEATHSIG), and the guard of
-//! `stream/guard.rs` kills the whole group when the daemon is killed. A program that ends by itself
+//! `program/guard.rs` kills the whole group when the daemon is killed. A program that ends by itself
 //! is an outage: it is started again with the next connection.
 
 use std::ffi::OsString;
@@ -31,8 +31,8 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, wa
 use crate::host::os_message;
 use crate::printable;
 use crate::process::restore_caller_limits;
-use crate::stream::guard::{self, GuardProcess};
-use crate::stream::stderr::StderrTail;
+use crate::program::guard::{self, GuardProcess};
+use crate::program::stderr::StderrTail;
 
 /// Makes the socket, which comes as the standard input, descriptor 3, and tells the program so. Only
 /// the process itself knows its number for LISTEN_PID.

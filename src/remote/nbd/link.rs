@@ -21,7 +21,7 @@ use super::codec::export::Export;
 use super::codec::handshake::{Handshake, Progress};
 use super::error::NbdError;
 use super::tls::{TakeError, TlsSession, TlsSettings};
-use crate::stream::stop::Stop;
+use crate::program::stop::Stop;
 
 /// A peer that vanished without a word is found after 10 s + 3 probes of 5 s when nothing is sent,
 /// and after 20 s when what was sent is not acknowledged (tcp(7)). The I/O timeout of requests may be

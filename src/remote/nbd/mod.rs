@@ -30,8 +30,7 @@ mod testing;
 mod tls;
 mod uri;
 
-pub(crate) use client::{Access, NbdClient, NbdHealth, NbdOpenError, NbdOptions};
-pub(crate) use error::NbdError;
+pub(crate) use client::{Access, NbdClient, NbdOptions};
 pub(crate) use server::{IdentityCheck, ReadRanges};
 pub(crate) use tls::TlsFiles;
-pub(crate) use uri::{NbdTarget, NbdUriError};
+pub(crate) use uri::NbdTarget;

@@ -19,7 +19,7 @@ use super::link::{Deadline, Link};
 use super::tls::{TlsFiles, TlsSettings};
 use super::uri::{Address, NbdTarget};
 use crate::host::{os_error, os_message};
-use crate::stream::stop::Stop;
+use crate::program::stop::Stop;
 
 /// Reads ranges of a new connection, each inside the image, aligned, and not longer than a request
 /// may be; all of them at once.

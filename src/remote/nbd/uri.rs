@@ -107,12 +107,6 @@ const SCHEMES: [(&str, Kind, Tls); 4] = [
 const EXEC_SCHEME: &[u8] = b"nbd+exec:";
 
 impl NbdTarget {
-    /// Returns whether `source` means an NBD server, and no file.
-    pub(crate) fn is_nbd(source: &OsStr) -> bool {
-        let bytes = source.as_bytes();
-        bytes.starts_with(EXEC_SCHEME) || scheme_of(bytes).is_some()
-    }
-
     /// Reads a source.
     pub(crate) fn parse(source: &OsStr) -> Result<Self, NbdUriError> {
         let bytes = source.as_bytes();
@@ -423,16 +417,6 @@ mod tests {
         assert_eq!(why("nbd+exec:a | b"), NbdUriError::Pipe);
         assert_eq!(why("nbd+exec:a > b"), NbdUriError::NeedsShell);
         assert_eq!(why("nbd+exec:a 'b"), NbdUriError::Unterminated);
-    }
-
-    #[test]
-    fn files_are_no_servers() {
-        for file in ["nbd", "nbd:x", "nbd/x", "./nbd://h", "http://h"] {
-            assert!(!NbdTarget::is_nbd(OsStr::new(file)), "{file}");
-        }
-        for server in ["nbd://h", "nbds://h", "nbd+unix:///?socket=s", "nbd+exec:x"] {
-            assert!(NbdTarget::is_nbd(OsStr::new(server)), "{server}");
-        }
     }
 
     proptest! {

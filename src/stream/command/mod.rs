@@ -31,10 +31,10 @@ use rustix::process::{
 
 pub use self::start::PipeEnd;
 use self::start::{StartingPrograms, data_pipe, pid_of, pipe_error, program_name, start_guard};
-use super::guard::{self, GuardProcess};
-use super::stderr::StderrTail;
-use super::stop::Stop;
 use crate::config::Programs;
+use crate::program::guard::{self, GuardProcess};
+use crate::program::stderr::StderrTail;
+use crate::program::stop::Stop;
 
 /// The longest wait of `kill` for the killed programs. One that is stuck in the kernel ends later.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);

@@ -13,8 +13,8 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use crate::config::Programs;
 use crate::host::os_message;
 use crate::process::restore_caller_limits;
+use crate::program::guard::GuardProcess;
 use crate::stream::fifo;
-use crate::stream::guard::GuardProcess;
 
 /// The end of the pipeline that the daemon holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +109,7 @@ pub(super) fn data_pipe(end: PipeEnd) -> io::Result<(OwnedFd, OwnedFd)> {
         PipeEnd::Output => (reader, writer),
     };
     // The two ends have separate flags: the programs' end stays blocking.
-    let ours = fifo::set_nonblocking(ours)?;
+    let ours = crate::host::set_nonblocking(ours)?;
     fifo::enlarge(&ours);
     Ok((ours, theirs))
 }

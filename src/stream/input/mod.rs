@@ -40,10 +40,10 @@ use rustix::event::{EventfdFlags, eventfd};
 use self::read_buffer::CHUNK_SIZE;
 use self::spool::SpoolFile;
 use self::state::{InputCore, InputPhase, PendingRead};
-use super::stop::Stop;
 use crate::config::Spool;
 use crate::extents::{Extent, ExtentKind};
 use crate::host::{os_error, process_of_thread};
+use crate::program::stop::Stop;
 use crate::stream::parked::ParkPermit;
 
 /// Bytes held besides the read-window and the needs of parked reads: 4 MiB, enough for the source

@@ -42,12 +42,12 @@ use super::needed::NeededSizes;
 use super::page_store::PageStore;
 use super::queue::{QueuedWrite, WriteQueue, WriteReply};
 use super::runs::Written;
-use super::stop::Stop;
 use super::window::Window;
 use crate::config::{FinishWhen, Pad, StreamSpec};
 use crate::extents::Extent;
 use crate::host::os_error;
 use crate::layer::Wait;
+use crate::program::stop::Stop;
 
 /// Bytes that may be on their way to the sink beyond those in window and spill: 2 MiB, enough to
 /// keep both ends busy.

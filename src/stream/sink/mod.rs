@@ -32,11 +32,11 @@ use std::sync::atomic::Ordering;
 
 use super::monitor::StreamCounters;
 use super::output::{Sink, SinkCallback};
-use super::stop::Stop;
 use crate::config::{Overwrite, StreamFrames};
 use crate::formats::rbd;
 use crate::host::{os_error, os_message};
 use crate::part_file::PartFile;
+use crate::program::stop::Stop;
 use seekable::SeekableWriter;
 use watcher::Watcher;
 use wire::WireWriter;

@@ -22,11 +22,11 @@ use crate::confined::PathHandle;
 use crate::host;
 use crate::part_file::{PartFile, PartFileError};
 use crate::process::new_file_mode;
+use crate::program::stop::Stop;
 use crate::stream::command::{PipeEnd, Pipeline};
 use crate::stream::context::{StdioMode, StreamContext};
 use crate::stream::fifo::{self, file_type_name};
 use crate::stream::stdio::{self, Direction, FdMode};
-use crate::stream::stop::Stop;
 use crate::trusted_path;
 
 /// The parts of a [`HostSink`] that depend on its kind.
@@ -221,7 +221,7 @@ fn open_character_device(
     let opened = located.open(OFlags::WRONLY);
     let file = opened.map_err(|error| StreamOpenError::host("write", path, &error))?;
     // Only poll(2) waits, and that can be stopped.
-    let fd = fifo::set_nonblocking(file)
+    let fd = crate::host::set_nonblocking(file)
         .map_err(|error| StreamOpenError::host("write", path, &error.into()))?;
     if stdio::is_terminal(&fd) {
         return Err(StreamOpenError::wrong_kind(path, "a terminal", "name a file"));

@@ -12,7 +12,7 @@ use crate::base::raw::HostKind;
 use crate::host::{
     PUNCH_OR_ZERO, is_fallocate_unsupported, os_error, whole_device_blocks, zero_by_host,
 };
-use crate::stream::stop::Stop;
+use crate::program::stop::Stop;
 
 /// The most bytes of a gap discarded in one call: 1 GiB. A discard may be slow, and the stop signal
 /// is checked between two calls.

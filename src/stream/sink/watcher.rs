@@ -10,10 +10,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use crate::host::os_error;
+use crate::program::stop::Stop;
 use crate::stream::command::Pipeline;
 use crate::stream::monitor::Monitor;
 use crate::stream::output::{SinkCallback, SinkEvent};
-use crate::stream::stop::Stop;
 
 /// A running watcher. Dropping it ends the thread and releases all descriptors.
 #[derive(Debug)]

@@ -15,9 +15,9 @@ use super::vectored::{
     MAX_IOVECS, MAX_WRITE, ZERO_IOVECS, ZERO_PIECE, fitting_count, write_parts, write_some_zeros,
 };
 use crate::host::os_error;
+use crate::program::stop::Stop;
 use crate::stream::fifo;
 use crate::stream::stdio::{FdMode, PIPE_BUF};
-use crate::stream::stop::Stop;
 
 /// The interval at which `open_fifo` checks for a reader: an open(2) that blocks until there is one
 /// could not be stopped.

@@ -1,7 +1,7 @@
 //! The settings of a client, and what it says of itself.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -49,13 +49,4 @@ fn waited_text(waited: Duration) -> String {
         0 => String::new(),
         seconds => format!(" (waited {seconds} s for it)"),
     }
-}
-
-/// What a client is doing, for `status`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct NbdHealth {
-    /// Connections that are in use.
-    pub(crate) connections: usize,
-    /// Since when there is none, and why.
-    pub(crate) outage: Option<(Instant, String)>,
 }

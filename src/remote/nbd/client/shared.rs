@@ -9,6 +9,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::options::NbdOptions;
 use super::{FIRST_PAUSE, LONGEST_OPEN, LONGEST_PAUSE};
+use crate::program::stop::Stop;
 use crate::remote::nbd::codec::export::Export;
 use crate::remote::nbd::codec::replies::{Answer, Event};
 use crate::remote::nbd::connection::Connection;
@@ -17,7 +18,6 @@ use crate::remote::nbd::request::{Operation, Outcome};
 use crate::remote::nbd::server::{IdentityCheck, Server};
 use crate::remote::nbd::state::{Outage, State};
 use crate::remote::transport::RequestLimits;
-use crate::stream::stop::Stop;
 
 /// The pause after a further connection could not be opened: some servers take only one client.
 const PAUSE_OF_MORE: Duration = Duration::from_secs(30);

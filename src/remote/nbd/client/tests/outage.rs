@@ -28,13 +28,13 @@ fn a_restarted_server_answers_what_was_asked_before() {
     let client = open(&image.socket(), "", NbdOptions { connections: 3, ..options() });
     let reads: Vec<_> = (0..20).map(|at| read(&client, at * 4096..at * 4096 + 4096)).collect();
     drop(server);
-    eventually(|| client.health().outage.is_some());
+    eventually(|| client.outage().is_some());
     thread::sleep(Duration::from_millis(200));
     let _server = image.nbdkit(&["-r"], &[]);
     for (at, read) in (0..).zip(reads) {
         assert_eq!(read.wait().unwrap(), image.slice(at * 4096..at * 4096 + 4096));
     }
-    assert_eq!(client.health().outage, None);
+    assert_eq!(client.outage(), None);
 }
 
 #[test]
@@ -48,7 +48,7 @@ fn an_outage_beyond_the_timeout_fails_requests_and_heals() {
     assert_eq!(read(&client, 0..4096).errno(), libc::ETIMEDOUT);
     assert!(begun.elapsed() >= io_timeout);
     assert_eq!(extents(&client, 0..4096).errno(), libc::ETIMEDOUT);
-    let outage = client.health().outage.unwrap();
+    let outage = client.outage().unwrap();
     assert!(outage.1.contains("cannot connect"), "{outage:?}");
     let _server = image.nbdkit(&["-r"], &[]);
     eventually(|| read(&client, 0..4096).wait().is_ok_and(|bytes| bytes == image.slice(0..4096)));
@@ -133,7 +133,7 @@ fn a_server_with_other_blocks_is_an_outage_until_it_is_as_before() {
     let waiting = read(&client, 0..4096);
     let policy = ["blocksize-minimum=4096", "blocksize-error-policy=error"];
     let server = image.nbdkit(&["-r", "--filter=blocksize-policy"], &policy);
-    eventually(|| client.health().outage.is_some_and(|(_, why)| why.contains("other requests")));
+    eventually(|| client.outage().is_some_and(|(_, why)| why.contains("other requests")));
     drop(server);
     let _server = image.nbdkit(&["-r"], &[]);
     assert_eq!(waiting.wait().unwrap(), image.slice(0..4096));
@@ -166,7 +166,7 @@ fn an_outage_after_unflushed_changes_fails_every_flush() {
     let client = writer(&image);
     write(&client, 4096, &[9; 4096]).wait().unwrap();
     drop(server);
-    eventually(|| client.health().outage.is_some());
+    eventually(|| client.outage().is_some());
     let waiting = flush(&client);
     let _server = image.nbdkit(&[], &[]);
     assert_eq!(waiting.errno(), libc::EIO);

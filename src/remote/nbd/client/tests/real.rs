@@ -29,7 +29,7 @@ fn qemu_nbd_gives_the_files_bytes_and_holes() {
     let _server = image.qemu_nbd(&["--persistent", "-r", "--shared=4"]);
     for connections in [1, 4] {
         let client = open(&image.socket(), "vm", NbdOptions { connections, ..options() });
-        assert!(client.knows_extents() && client.is_read_only());
+        assert!(client.knows_extents() && client.shared.export.flags.is_read_only());
         assert_eq!(client.shared.export.headers, super::super::super::codec::Headers::Extended);
         check_all(&client, &image);
     }
@@ -111,10 +111,10 @@ fn load_opens_connections_where_the_server_allows_it() {
     let _server = image.nbdkit(&["-r", "--filter=delay"], &["rdelay=20ms"]);
     let client = open(&image.socket(), "", NbdOptions { connections: 4, ..options() });
     assert_eq!(read(&client, 0..9).wait().unwrap(), image.slice(0..9));
-    assert_eq!(client.health().connections, 1);
+    assert_eq!(client.connections(), 1);
     eventually(|| {
         assert!(read_all(&client, 65_536) == image.bytes);
-        client.health().connections == 4
+        client.connections() == 4
     });
 }
 
@@ -127,8 +127,7 @@ fn a_server_that_takes_one_client_is_enough() {
     for _ in 0..3 {
         assert!(read_all(&client, 4096) == image.bytes);
     }
-    let health = client.health();
-    assert_eq!((health.connections, health.outage), (1, None));
+    assert_eq!((client.connections(), client.outage()), (1, None));
 }
 
 #[test]

@@ -71,7 +71,7 @@ impl GuardProcess {
     }
 
     /// Tells the guard that the end of input is intended, and waits until it has closed its copy.
-    pub(super) fn release(mut self) {
+    pub(crate) fn release(mut self) {
         if let Some(control) = self.control.take() {
             // EPIPE: the guard has already exited, and its write end is closed.
             let _ = rustix::io::retry_on_intr(|| rustix::io::write(&control, b"."));

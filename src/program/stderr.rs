@@ -11,8 +11,8 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::fifo;
 use super::stop::Stop;
+use crate::host;
 
 /// The number of bytes kept from the end.
 const TAIL_LEN: usize = 4096;
@@ -43,7 +43,7 @@ impl StderrTail {
     /// Creates a pipe; returns it and the write end for the programs.
     pub(crate) fn new() -> io::Result<(Self, OwnedFd)> {
         let (fd, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
-        let fd = fifo::set_nonblocking(fd)?;
+        let fd = host::set_nonblocking(fd)?;
         let shared =
             Arc::new(StderrPipe { fd, tail: Mutex::new(VecDeque::with_capacity(TAIL_LEN)) });
         let stop = Stop::new()?;

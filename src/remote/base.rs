@@ -1,0 +1,323 @@
+//! An image on a server as the bottom of a disk.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::BLOCK_SIZE;
+use super::cache::{Cache, Urgency};
+use super::extent_cache::ExtentCache;
+use super::fetcher::Fetcher;
+use super::plan::{Fetches, PlanLimits, Planner};
+use super::transport::Transport;
+use crate::arrival::Arrival;
+use crate::config::{RemoteAddress, RemoteSpec};
+use crate::extents::{Extent, ExtentKind};
+use crate::host::os_error;
+use crate::identity::Identity;
+use crate::layer::{CopyFn, Layer, Wait};
+
+/// The bytes that the extents are asked for at a time: 1 GiB. A server may answer for less.
+const EXTENTS_STRETCH: u64 = 1 << 30;
+
+/// An image on a server: what was read of it stays in a cache on this host.
+///
+/// What is cached is answered at once. For the rest a read under [`Wait::No`] answers `EAGAIN`, after
+/// it has begun to fetch it and has left the [`Arrival`] on the thread.
+pub struct RemoteBase {
+    address: RemoteAddress,
+    identity: Identity,
+    transport: Arc<dyn Transport>,
+    cache: Arc<Cache>,
+    fetcher: Arc<Fetcher>,
+    planner: Mutex<Planner>,
+    extents: Arc<Mutex<KnownExtents>>,
+}
+
+/// What is known of the extents, and which are asked for.
+#[derive(Default)]
+struct KnownExtents {
+    cache: ExtentCache,
+    /// The questions that are not answered yet.
+    asked: Vec<(Range<u64>, Arrival)>,
+}
+
+/// What the user is told of an image on a server.
+#[derive(Clone, Debug)]
+pub struct RemoteStatus {
+    /// The size of the image in bytes.
+    pub size: u64,
+    /// Bytes that were fetched.
+    pub fetched: u64,
+    /// Bytes that are kept on this host.
+    pub cached: u64,
+    /// Reads that were answered from what is kept.
+    pub hits: u64,
+    /// Reads that were not.
+    pub misses: u64,
+    /// Requests for bytes.
+    pub requests: u64,
+    /// Requests that failed.
+    pub failures: u64,
+    /// For how long the oldest request that somebody waits for has been waiting.
+    pub waiting: Option<Duration>,
+    /// The reason why there is no connection.
+    pub outage: Option<String>,
+}
+
+impl RemoteBase {
+    /// Makes a base of the image behind `transport`, which is known by `identity`. `spec` has the
+    /// address, and says how much is fetched.
+    pub(super) fn new(
+        spec: &RemoteSpec,
+        identity: Identity,
+        transport: Arc<dyn Transport>,
+        cache: Arc<Cache>,
+    ) -> Self {
+        let limits = PlanLimits::new(transport.size(), spec.fetch, spec.ahead, transport.limits());
+        Self {
+            address: spec.address.clone(),
+            identity,
+            fetcher: Fetcher::new(Arc::clone(&transport), Arc::clone(&cache)),
+            transport,
+            cache,
+            planner: Mutex::new(Planner::new(limits)),
+            extents: Arc::default(),
+        }
+    }
+
+    /// Returns the address.
+    #[must_use]
+    pub fn address(&self) -> &RemoteAddress {
+        &self.address
+    }
+
+    /// Returns what the image was known by when it was opened.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Returns the cache.
+    pub(super) fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    /// Returns what was asked of the server so far.
+    pub(super) fn status(&self) -> RemoteStatus {
+        let (counters, kept) = (self.fetcher.counters(), self.cache.counters());
+        RemoteStatus {
+            size: self.transport.size(),
+            cached: kept.present_bytes,
+            hits: kept.hits,
+            misses: kept.misses,
+            fetched: counters.bytes,
+            requests: counters.requests,
+            failures: counters.failures,
+            waiting: self.fetcher.waiting_for(),
+            outage: self.transport.outage().map(|(_, why)| why),
+        }
+    }
+
+    /// Waits as `wait` says for `arrival`; `Ok` when the caller has to look again.
+    fn wait_for(arrival: Option<Arrival>, wait: Wait) -> io::Result<()> {
+        let Some(arrival) = arrival else { return Ok(()) };
+        match wait {
+            Wait::Yes => arrival.wait(),
+            Wait::No => {
+                arrival.expect();
+                Err(os_error(libc::EAGAIN))
+            }
+        }
+    }
+
+    /// Returns the extent at `range.start`, as far as it is known; asks for it otherwise.
+    fn known_extent(&self, range: &Range<u64>) -> Result<Extent, Arrival> {
+        if !self.transport.knows_extents() {
+            return Ok(Extent::new(range.clone(), ExtentKind::Data));
+        }
+        let arrival = Arrival::default();
+        let stretch = {
+            let mut extents = self.extents.lock();
+            if let Some(found) = extents.cache.get(range) {
+                return Ok(found);
+            }
+            let asked = extents.asked.iter().find(|(asked, _)| asked.contains(&range.start));
+            if let Some((_, arrival)) = asked {
+                return Err(arrival.clone());
+            }
+            let most = range.start.saturating_add(EXTENTS_STRETCH).min(self.transport.size());
+            let end = extents.cache.unknown_end(&(range.start..most));
+            let stretch = range.start..end;
+            extents.asked.push((stretch.clone(), arrival.clone()));
+            stretch
+        };
+        self.ask_extents(stretch, arrival.clone());
+        Err(arrival)
+    }
+
+    /// Asks the server for the extents of `stretch`, which is noted as asked for.
+    fn ask_extents(&self, stretch: Range<u64>, arrival: Arrival) {
+        let (shared, asked) = (Arc::clone(&self.extents), stretch.clone());
+        let done = move |result: io::Result<Vec<Extent>>| {
+            let outcome = {
+                let mut extents = shared.lock();
+                extents.asked.retain(|(other, _)| *other != asked);
+                match result {
+                    Ok(found) => {
+                        extents.cache.insert(&found);
+                        Ok(())
+                    }
+                    Err(error) => match error.raw_os_error() {
+                        Some(libc::ETIMEDOUT | libc::ESTALE) => Err(libc::EIO),
+                        // A server that cannot say holds data, for all that is known.
+                        _ => {
+                            extents.cache.insert(&[Extent::new(asked, ExtentKind::Data)]);
+                            Ok(())
+                        }
+                    },
+                }
+            };
+            arrival.complete(outcome);
+        };
+        self.transport.extents(stretch, Box::new(done));
+    }
+
+    /// Returns what of `range` is neither cached nor on its way, nor known to be zeros.
+    fn missing(&self, range: Range<u64>) -> Vec<Range<u64>> {
+        let mut missing = Vec::new();
+        for part in self.fetcher.missing(&range) {
+            let mut at = part.start;
+            while at < part.end {
+                let extents = self.extents.lock();
+                let (end, kind) = match extents.cache.get(&(at..part.end)) {
+                    Some(found) => (found.range.end, found.kind),
+                    None => (extents.cache.unknown_end(&(at..part.end)), ExtentKind::Data),
+                };
+                drop(extents);
+                if kind == ExtentKind::Data {
+                    push_joined(&mut missing, at..end);
+                }
+                at = end;
+            }
+        }
+        missing
+    }
+
+    /// Begins to fetch what a read of `range` needs and what will probably be read next. Returns the
+    /// arrival of the first missing byte.
+    fn begin_fetch(&self, range: &Range<u64>) -> Option<Arrival> {
+        let is_exact = self.fetcher.has_failed(range);
+        let fetches = match is_exact {
+            true => Fetches::default(),
+            false => self.planner.lock().on_read(range, |part| self.missing(part)),
+        };
+        for part in &fetches.demand {
+            self.fetcher.fetch(part, Urgency::Demand);
+        }
+        let first = self.fetcher.fetch(&self.blocks(range), Urgency::Demand);
+        for part in &fetches.ahead {
+            self.fetcher.fetch(part, Urgency::Ahead);
+        }
+        first
+    }
+
+    /// Tells the planner of a read that the cache has answered.
+    fn note_hit(&self, range: &Range<u64>) {
+        // Under contention one read more or less makes no difference to what is read ahead.
+        let Some(mut planner) = self.planner.try_lock() else { return };
+        let fetches = planner.on_read(range, |part| self.missing(part));
+        drop(planner);
+        for part in &fetches.ahead {
+            self.fetcher.fetch(part, Urgency::Ahead);
+        }
+    }
+
+    /// Rounds `range` out to whole blocks of the cache.
+    fn blocks(&self, range: &Range<u64>) -> Range<u64> {
+        let end = range.end.next_multiple_of(BLOCK_SIZE).min(self.transport.size());
+        range.start - range.start % BLOCK_SIZE..end
+    }
+
+    /// Returns the kind of the first bytes of `range`, inside the size, when these are known to be
+    /// zeros; asks the server, without waiting, when nothing is known.
+    fn known_zeros(&self, range: &Range<u64>) -> Option<Extent> {
+        self.known_extent(range).ok().filter(|extent| extent.kind != ExtentKind::Data)
+    }
+
+    /// Returns the prefix of `range` that has data, for all that is known.
+    fn data_prefix(&self, range: &Range<u64>) -> Range<u64> {
+        let end = match self.extents.lock().cache.get(range) {
+            Some(found) => found.range.end,
+            None => range.end,
+        };
+        range.start..end
+    }
+}
+
+fn push_joined(list: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match list.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => list.push(range),
+    }
+}
+
+impl Layer for RemoteBase {
+    fn size(&self) -> u64 {
+        self.transport.size()
+    }
+
+    fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
+        if range.start >= self.size() {
+            return Ok(Extent::new(range, ExtentKind::Hole));
+        }
+        let range = range.start..range.end.min(self.size());
+        loop {
+            match self.known_extent(&range) {
+                Ok(found) => return Ok(found),
+                Err(arrival) => Self::wait_for(Some(arrival), wait)?,
+            }
+        }
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
+        let asked = offset..offset.saturating_add(buf.len() as u64);
+        if offset >= self.size() {
+            return Ok(Extent::new(asked, ExtentKind::Hole));
+        }
+        let range = offset..asked.end.min(self.size());
+        if let Some(zeros) = self.known_zeros(&range) {
+            return Ok(zeros);
+        }
+        loop {
+            let data = self.data_prefix(&range);
+            let len = usize::try_from(data.end - data.start).unwrap_or(usize::MAX).min(buf.len());
+            let done = self.cache.read_at(&mut buf[..len], offset, wait)?;
+            if done > 0 {
+                let found = offset..offset + done as u64;
+                self.note_hit(&found);
+                return Ok(Extent::new(found, ExtentKind::Data));
+            }
+            Self::wait_for(self.begin_fetch(&data), wait)?;
+        }
+    }
+
+    fn lend_at(
+        &self,
+        range: Range<u64>,
+        wait: Wait,
+        copy: CopyFn<'_>,
+    ) -> io::Result<(Extent, Option<u64>)> {
+        let extent = self.extent_at(range, wait)?;
+        if extent.kind != ExtentKind::Data {
+            return Ok((extent, None));
+        }
+        match self.cache.lend_at(extent.range.clone(), wait, copy)? {
+            Some((range, copied)) => Ok((Extent::new(range, ExtentKind::Data), Some(copied))),
+            None => Ok((extent, None)),
+        }
+    }
+}

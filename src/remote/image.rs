@@ -1,0 +1,128 @@
+//! An open image on a server, in either of its two forms.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::answer::answer_of;
+use super::base::{RemoteBase, RemoteStatus};
+use super::nbd::{IdentityCheck, ReadRanges};
+use super::transport::Transport;
+use super::writable::RemoteDisk;
+use crate::config::RemoteAddress;
+use crate::host::os_error;
+use crate::identity::{Identity, SampleHash, sample_positions};
+
+/// An image on a server.
+#[derive(Clone)]
+pub enum RemoteImage {
+    /// Only read, and cached on this host.
+    Cached(Arc<RemoteBase>),
+    /// Read and written at the server.
+    Direct(Arc<RemoteDisk>),
+}
+
+impl RemoteImage {
+    /// Returns the address.
+    #[must_use]
+    pub fn address(&self) -> &RemoteAddress {
+        match self {
+            Self::Cached(base) => base.address(),
+            Self::Direct(disk) => disk.address(),
+        }
+    }
+
+    /// Returns what the image is known by, its size and a hash of samples: as it was when it was opened,
+    /// or, if it is written to, as it is now.
+    ///
+    /// # Errors
+    /// `ETIMEDOUT` and other errnos of the server.
+    pub fn identity(&self) -> io::Result<Identity> {
+        match self {
+            Self::Cached(base) => Ok(base.identity().clone()),
+            Self::Direct(disk) => identity_of(&**disk.transport()),
+        }
+    }
+
+    /// Whether what is kept of the image outlives the mount, and so has to be kept in its limits.
+    #[must_use]
+    pub fn needs_maintenance(&self) -> bool {
+        matches!(self, Self::Cached(base) if base.cache().is_persistent())
+    }
+
+    /// Keeps what is kept of the image in its limits; to be called every few seconds. Waits for the
+    /// host.
+    pub fn maintain(&self) {
+        if let Self::Cached(base) = self {
+            base.cache().maintain();
+        }
+    }
+
+    /// Returns what was fetched so far; `None` for an image that is not cached.
+    #[must_use]
+    pub fn status(&self) -> Option<RemoteStatus> {
+        match self {
+            Self::Cached(base) => Some(base.status()),
+            Self::Direct(_) => None,
+        }
+    }
+}
+
+/// A sample of an image, in a range that a server can be asked for.
+struct Sample {
+    /// The range to be read: the sample in whole blocks of the server's.
+    range: Range<u64>,
+    /// The sample in the bytes of that range.
+    inside: Range<usize>,
+}
+
+impl Sample {
+    /// Returns the samples of an image of `size` bytes, in blocks of `alignment` bytes.
+    fn all(size: u64, alignment: u64) -> impl Iterator<Item = Self> {
+        sample_positions(size).into_iter().map(move |(at, len)| {
+            let start = at - at % alignment;
+            let from = usize::try_from(at - start).unwrap_or(usize::MAX);
+            let end = (at + len as u64).next_multiple_of(alignment).min(size);
+            Self { range: start..end, inside: from..from.saturating_add(len) }
+        })
+    }
+
+    /// Adds the sample in `bytes`, those of its range, to `hash`.
+    fn add_to(&self, hash: &mut SampleHash, bytes: &[u8]) -> io::Result<()> {
+        hash.add(bytes.get(self.inside.clone()).ok_or_else(|| os_error(libc::EIO))?);
+        Ok(())
+    }
+}
+
+/// Returns size and hash of samples of the image behind `transport`, all of which are asked for at
+/// once.
+pub(super) fn identity_of(transport: &dyn Transport) -> io::Result<Identity> {
+    let size = transport.size();
+    let alignment = u64::from(transport.limits().alignment.max(1));
+    let asked: Vec<_> = Sample::all(size, alignment)
+        .map(|sample| {
+            let answer = answer_of(|done| transport.read(sample.range.clone(), done));
+            (sample, answer)
+        })
+        .collect();
+    let mut hash = SampleHash::default();
+    for (sample, answer) in asked {
+        sample.add_to(&mut hash, &answer.wait()?)?;
+    }
+    Ok(Identity { size, mtime: None, inode: None, hash: hash.finish() })
+}
+
+/// Returns the check that the image of a new connection is the one that `identity` is of.
+pub(super) fn check_identity(transport: &dyn Transport, identity: &Identity) -> IdentityCheck {
+    let alignment = u64::from(transport.limits().alignment.max(1));
+    let (size, expected) = (identity.size, identity.hash.clone());
+    Arc::new(move |read: ReadRanges<'_>| {
+        let samples: Vec<_> = Sample::all(size, alignment).collect();
+        let ranges: Vec<_> = samples.iter().map(|sample| sample.range.clone()).collect();
+        let mut hash = SampleHash::default();
+        for (sample, bytes) in samples.iter().zip(read(&ranges)?) {
+            sample.add_to(&mut hash, &bytes)?;
+        }
+        Ok(hash.finish() == expected)
+    })
+}

@@ -1,0 +1,113 @@
+//! Opening: the address is parsed, the server asked, and the cache made. Disks with the same address
+//! and keys share one image.
+
+use std::ffi::OsStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Weak};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::RemoteDisk;
+use super::base::RemoteBase;
+use super::cache::{CacheError, CacheRegistry};
+use super::error::RemoteError;
+use super::image::{check_identity, identity_of};
+use super::nbd::{Access, NbdClient, NbdOptions, NbdTarget, TlsFiles};
+use super::transport::Transport;
+use crate::config::RemoteSpec;
+
+/// The seconds after which a request fails that no server answers; those of the mount.
+static IO_TIMEOUT: AtomicU64 = AtomicU64::new(30);
+
+/// Sets the time after which a request fails that no server answers, for the images that this process
+/// opens from now on.
+pub(crate) fn set_io_timeout(timeout: Duration) {
+    IO_TIMEOUT.store(timeout.as_secs(), Ordering::Relaxed);
+}
+
+/// The time for which a mount waits for a server that is not up.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What was fetched, by directory and image.
+static CACHES: LazyLock<CacheRegistry> = LazyLock::new(CacheRegistry::default);
+
+/// The images that are open.
+static OPEN: Mutex<Vec<(RemoteSpec, Weak<RemoteBase>)>> = Mutex::new(Vec::new());
+
+/// Opens the image that `spec` describes; waits for the server.
+///
+/// # Errors
+/// [`RemoteError`], for the user.
+pub fn open(spec: &RemoteSpec) -> Result<Arc<RemoteBase>, RemoteError> {
+    // Held while the server is asked: of two disks that begin at once, the second takes the first's.
+    let mut open = OPEN.lock();
+    open.retain(|(_, base)| base.strong_count() > 0);
+    // Who gives no keys takes the image as it is.
+    let has_no_keys = *spec == RemoteSpec::new(spec.address.clone());
+    let is_same =
+        |other: &RemoteSpec| other == spec || (has_no_keys && other.address == spec.address);
+    let found = open.iter().find(|(other, _)| is_same(other)).and_then(|(_, base)| base.upgrade());
+    if let Some(found) = found {
+        return Ok(found);
+    }
+    let base = Arc::new(open_cached(spec)?);
+    open.push((spec.clone(), Arc::downgrade(&base)));
+    Ok(base)
+}
+
+/// Opens the image that `spec` describes for changes; waits for the server.
+///
+/// # Errors
+/// [`RemoteError`], for the user.
+pub fn open_writable(spec: &RemoteSpec) -> Result<Arc<RemoteDisk>, RemoteError> {
+    let client = connect(spec, Access::ReadWrite)?;
+    Ok(Arc::new(RemoteDisk::new(spec.address.clone(), Arc::new(client))))
+}
+
+fn open_cached(spec: &RemoteSpec) -> Result<RemoteBase, RemoteError> {
+    let address = &spec.address;
+    let client = connect(spec, Access::ReadOnly)?;
+    let unreadable = |error: std::io::Error| RemoteError::Server {
+        address: address.clone(),
+        why: format!("it cannot be read: {}", crate::host::os_message(&error)),
+    };
+    let identity = identity_of(&client).map_err(unreadable)?;
+    if client.tail() > 0 {
+        let tail = client.tail();
+        log::warn!(
+            "'{address}': its server may refuse to read the last {tail} bytes: they are less than a block of it"
+        );
+    }
+    client.set_identity_check(check_identity(&client, &identity));
+    let no_place =
+        |error: CacheError| RemoteError::Cache { address: address.clone(), why: error.to_string() };
+    // The address as well: the samples of two images may be the same.
+    let known_by = format!("{address}\n{}", identity.hash);
+    let dir = spec.read_cache.as_deref();
+    let cache = CACHES.open(dir, known_by.as_bytes(), client.size(), spec.read_cache_size);
+    Ok(RemoteBase::new(spec, identity, Arc::new(client), cache.map_err(no_place)?))
+}
+
+fn connect(spec: &RemoteSpec, access: Access) -> Result<NbdClient, RemoteError> {
+    let address = &spec.address;
+    let target = NbdTarget::parse(OsStr::new(address.as_str())).map_err(|error| {
+        RemoteError::Address { address: address.clone(), why: error.to_string() }
+    })?;
+    let io_timeout = Duration::from_secs(IO_TIMEOUT.load(Ordering::Relaxed));
+    let options = NbdOptions {
+        io_timeout,
+        open_timeout: io_timeout.min(OPEN_TIMEOUT),
+        connections: usize::try_from(spec.conns).unwrap_or(1),
+        access,
+        tls: TlsFiles {
+            authorities: spec.tls_ca.clone(),
+            identity: spec.tls_cert.clone().zip(spec.tls_key.clone()),
+        },
+        dir: spec.dir.clone(),
+    };
+    NbdClient::open(&target, options).map_err(|error| RemoteError::Server {
+        address: address.clone(),
+        why: error.cause.to_string(),
+    })
+}

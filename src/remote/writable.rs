@@ -1,0 +1,282 @@
+//! An image on a server that a disk writes to (`mode=rw`).
+//!
+//! Nothing of it is kept on this host: every read asks the server, and a write is acknowledged when
+//! the server has it. A sync makes the server flush; one that fails latches the image.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+
+use super::answer::{Answer, answer_of};
+use super::extent_cache::ExtentCache;
+use super::transport::WritableTransport;
+use crate::config::RemoteAddress;
+use crate::extents::{Extent, ExtentKind};
+use crate::host::{is_fallocate_unsupported, os_error};
+use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
+
+/// The bytes that the extents are asked for at a time: 1 GiB. A server may answer for less.
+const EXTENTS_STRETCH: u64 = 1 << 30;
+/// The most zeros in bytes that are sent in one write to a server that cannot zero by itself.
+const ZEROS_LEN: u64 = 256 << 10;
+
+/// An image on a server, open for reading and writing.
+pub struct RemoteDisk {
+    address: RemoteAddress,
+    transport: Arc<dyn WritableTransport>,
+    extents: Mutex<ExtentCache>,
+    /// Number of changes that have ended. Extents that were asked for before one are not remembered.
+    changes: AtomicU64,
+    /// Held exclusive while blocks of the server's that are written only in part are read, changed
+    /// and written; shared by all other changes.
+    whole_blocks: RwLock<()>,
+    is_latched: AtomicBool,
+}
+
+impl RemoteDisk {
+    /// Makes a disk of the image behind `transport`.
+    pub(super) fn new(address: RemoteAddress, transport: Arc<dyn WritableTransport>) -> Self {
+        Self {
+            address,
+            transport,
+            extents: Mutex::default(),
+            changes: AtomicU64::new(0),
+            whole_blocks: RwLock::new(()),
+            is_latched: AtomicBool::new(false),
+        }
+    }
+
+    /// Returns the address.
+    #[must_use]
+    pub fn address(&self) -> &RemoteAddress {
+        &self.address
+    }
+
+    /// Returns the transport, for questions about the whole image.
+    pub(super) fn transport(&self) -> &Arc<dyn WritableTransport> {
+        &self.transport
+    }
+
+    fn alignment(&self) -> u64 {
+        u64::from(self.transport.limits().alignment.max(1))
+    }
+
+    fn max_len(&self) -> u64 {
+        u64::from(self.transport.limits().max_len).max(self.alignment())
+    }
+
+    /// Reads `range`, aligned or not, and waits for all of it.
+    fn read(&self, range: &Range<u64>) -> io::Result<Vec<u8>> {
+        let (size, alignment) = (self.size(), self.alignment());
+        let outer =
+            range.start - range.start % alignment..range.end.next_multiple_of(alignment).min(size);
+        let step = self.max_len() - self.max_len() % alignment;
+        let starts = (outer.start..outer.end).step_by(usize::try_from(step).unwrap_or(usize::MAX));
+        let parts: Vec<_> = starts
+            .map(|at| {
+                let part = at..outer.end.min(at + step);
+                answer_of(|done| self.transport.read(part, done))
+            })
+            .collect();
+        let mut bytes = Vec::new();
+        for part in parts {
+            bytes.extend(part.wait()?);
+        }
+        bytes.truncate(usize::try_from(range.end - outer.start).unwrap_or(usize::MAX));
+        bytes.drain(..usize::try_from(range.start - outer.start).unwrap_or(usize::MAX));
+        Ok(bytes)
+    }
+
+    /// Writes `buf` at `offset` in whole blocks of the server's; the bytes beside it in the first and
+    /// the last block stay what they are.
+    fn write(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let (size, alignment) = (self.size(), self.alignment());
+        let range = offset..offset + buf.len() as u64;
+        let is_whole = range.start.is_multiple_of(alignment)
+            && (range.end.is_multiple_of(alignment) || range.end == size);
+        if is_whole {
+            let _shared = self.whole_blocks.read();
+            return self.write_blocks(buf, offset);
+        }
+        let _exclusive = self.whole_blocks.write();
+        let start = range.start - range.start % alignment;
+        let end = range.end.next_multiple_of(alignment).min(size);
+        let mut bytes = self.read(&(start..range.start))?;
+        bytes.extend_from_slice(buf);
+        bytes.extend(self.read(&(range.end..end))?);
+        self.write_blocks(&bytes, start)
+    }
+
+    /// Writes whole blocks, many requests at a time, and waits for all of them.
+    fn write_blocks(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let step = self.max_len() - self.max_len() % self.alignment();
+        let step = usize::try_from(step).unwrap_or(usize::MAX);
+        let mut at = offset;
+        let parts: Vec<_> = buf
+            .chunks(step)
+            .map(|part| {
+                let start = at;
+                at += part.len() as u64;
+                answer_of(|done| self.transport.write(start, part.to_vec(), done))
+            })
+            .collect();
+        // All are waited for, so that no write of this request is under way when it is answered.
+        parts.into_iter().map(Answer::wait).fold(Ok(()), io::Result::and)
+    }
+
+    fn zero_range(&self, range: Range<u64>, punch: bool) -> io::Result<()> {
+        let alignment = self.alignment();
+        let start = range.start.next_multiple_of(alignment).min(range.end);
+        let end = match range.end == self.size() {
+            true => range.end,
+            false => (range.end - range.end % alignment).max(start),
+        };
+        if start < end {
+            let shared = self.whole_blocks.read();
+            let zeroed = answer_of(|done| self.transport.zero(start..end, punch, done)).wait();
+            drop(shared);
+            match zeroed {
+                Err(error) if is_fallocate_unsupported(&error) => {
+                    self.write_zeros(start..end)?;
+                }
+                zeroed => zeroed?,
+            }
+        }
+        self.write_zeros(range.start..start)?;
+        self.write_zeros(end.max(start)..range.end)
+    }
+
+    fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let len = (range.end - at).min(ZEROS_LEN);
+            self.write(&vec![0; usize::try_from(len).unwrap_or(0)], at)?;
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Runs `change` on a disk that is not latched, where the caller may wait.
+    fn change(&self, wait: Wait, change: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        if self.is_latched.load(Ordering::Acquire) {
+            return Err(os_error(libc::EIO));
+        }
+        if wait == Wait::No {
+            return Err(os_error(libc::EAGAIN));
+        }
+        let changed = change();
+        // An answer to a question that was asked meanwhile may be of before the change.
+        self.changes.fetch_add(1, Ordering::SeqCst);
+        *self.extents.lock() = ExtentCache::default();
+        changed
+    }
+}
+
+impl Layer for RemoteDisk {
+    fn size(&self) -> u64 {
+        self.transport.size()
+    }
+
+    fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
+        if range.start >= self.size() {
+            return Ok(Extent::new(range, ExtentKind::Hole));
+        }
+        let range = range.start..range.end.min(self.size());
+        if !self.transport.knows_extents() {
+            return Ok(Extent::new(range, ExtentKind::Data));
+        }
+        if let Some(known) = self.extents.lock().get(&range) {
+            return Ok(known);
+        }
+        if wait == Wait::No {
+            return Err(os_error(libc::EAGAIN));
+        }
+        let before = self.changes.load(Ordering::SeqCst);
+        let stretch = range.start..range.start.saturating_add(EXTENTS_STRETCH).min(self.size());
+        let found = match answer_of(|done| self.transport.extents(stretch, done)).wait() {
+            Ok(found) => found,
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ETIMEDOUT | libc::ESTALE)) => {
+                return Err(error);
+            }
+            // A server that cannot say holds data, for all that is known.
+            Err(_) => return Ok(Extent::new(range, ExtentKind::Data)),
+        };
+        let mut extents = self.extents.lock();
+        if self.changes.load(Ordering::SeqCst) == before {
+            extents.insert(&found);
+        }
+        let first = found.first().and_then(|first| first.clip(&range));
+        Ok(first.unwrap_or_else(|| Extent::new(range, ExtentKind::Data)))
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
+        let asked = offset..offset.saturating_add(buf.len() as u64);
+        if offset >= self.size() {
+            return Ok(Extent::new(asked, ExtentKind::Hole));
+        }
+        if wait == Wait::No {
+            return Err(os_error(libc::EAGAIN));
+        }
+        let range = offset..asked.end.min(self.size());
+        let bytes = self.read(&range)?;
+        buf.get_mut(..bytes.len()).ok_or_else(|| os_error(libc::EIO))?.copy_from_slice(&bytes);
+        Ok(Extent::new(range, ExtentKind::Data))
+    }
+
+    fn lend_at(
+        &self,
+        range: Range<u64>,
+        wait: Wait,
+        _copy: CopyFn<'_>,
+    ) -> io::Result<(Extent, Option<u64>)> {
+        Ok((self.extent_at(range, wait)?, None))
+    }
+}
+
+impl WritableLayer for RemoteDisk {
+    fn write_at(
+        &self,
+        buf: &[u8],
+        offset: u64,
+        _below: &dyn ReadBelow,
+        wait: Wait,
+    ) -> io::Result<()> {
+        self.change(wait, || self.write(buf, offset))
+    }
+
+    fn zero(&self, range: Range<u64>, _below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
+        self.change(wait, || self.zero_range(range, false))
+    }
+
+    fn punch_hole(&self, range: Range<u64>, _below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
+        self.change(wait, || self.zero_range(range, true))
+    }
+
+    /// Reserves nothing: the protocol cannot.
+    fn allocate(&self, _range: Range<u64>, _wait: Wait) -> io::Result<()> {
+        Err(os_error(libc::EOPNOTSUPP))
+    }
+
+    /// `EINVAL` for another size: the server has the size.
+    fn set_size(&self, size: u64) -> io::Result<()> {
+        if size == self.size() { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if self.is_latched.load(Ordering::Acquire) {
+            return Err(os_error(libc::EIO));
+        }
+        let flushed = answer_of(|done| self.transport.flush(done)).wait();
+        if flushed.is_err() {
+            self.is_latched.store(true, Ordering::Release);
+        }
+        flushed
+    }
+
+    fn is_latched(&self) -> bool {
+        self.is_latched.load(Ordering::Acquire)
+    }
+}

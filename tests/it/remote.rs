@@ -1,0 +1,412 @@
+//! Bases on servers: images behind real NBD servers, mounted, changed, lost and found again.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::common::mount::*;
+use crate::common::random;
+
+/// An NBD server that ends with its test.
+struct Server(Running);
+
+impl Server {
+    /// Starts `program` with `words`, which must name the socket `nbd.sock`, and waits for the socket.
+    fn start(lab: &Lab, program: &str, words: &str) -> Self {
+        let _ = fs::remove_file(lab.path("nbd.sock"));
+        let mut command = lab.command(program);
+        command.args(words.split_whitespace()).stdout(Stdio::null()).stderr(Stdio::null());
+        let server = Self(Running(command.spawn().unwrap()));
+        wait_until("the server listens", || {
+            std::os::unix::net::UnixStream::connect(lab.path("nbd.sock")).is_ok()
+        });
+        server
+    }
+
+    /// Serves `file` as qemu-nbd does; `words` are further options.
+    fn qemu(lab: &Lab, file: &str, words: &str) -> Self {
+        let socket = lab.path("nbd.sock").display().to_string();
+        let words = format!("--persistent --shared=0 -k {socket} -f raw {words} {file}");
+        Self::start(lab, "qemu-nbd", &words)
+    }
+
+    /// Serves `file` read-only through nbdkit with the filters in `words`.
+    fn nbdkit(lab: &Lab, file: &str, filters: &str, words: &str) -> Self {
+        let socket = lab.path("nbd.sock").display().to_string();
+        Self::start(lab, "nbdkit", &format!("-f -r -U {socket} {filters} file {file} {words}"))
+    }
+
+    fn kill(mut self) {
+        self.0.0.kill().unwrap();
+        self.0.0.wait().unwrap();
+    }
+}
+
+/// The address of the image at the socket of the lab.
+fn address(lab: &Lab) -> String {
+    format!("nbd+unix:///?socket={}", lab.path("nbd.sock").display())
+}
+
+fn runs(lab: &Lab, name: &str) -> Vec<std::ops::Range<u64>> {
+    data_runs(&lab.open_ro(name))
+}
+
+#[test]
+fn an_export_is_a_file_with_the_bytes_and_holes_of_the_image() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 12 * MIB);
+    let _server = Server::qemu(&lab, "base.img", "-r");
+    lab.mount(&format!("vm={},mode=ro", address(&lab)));
+    assert_eq!(runs(&lab, "m/vm"), runs(&lab, "base.img"));
+    lab.sh("cmp base.img m/vm; cp --sparse=always m/vm copy.img; cmp base.img copy.img");
+    lab.sh("qemu-img compare -f raw -F raw m/vm base.img");
+    let status = lab.disk("vm");
+    assert_eq!(status["base"], address(&lab));
+    let remote = &status["remote"];
+    let data: u64 = runs(&lab, "base.img").iter().map(|run| run.end - run.start).sum();
+    let fetched = remote["fetched"].as_u64().unwrap();
+    assert!(fetched >= data && fetched <= data + (1 << 20), "{remote}");
+    assert_eq!((&remote["size"], &remote["failures"]), (&(12 * MIB).into(), &0.into()));
+    let shown = lab.ok("status m");
+    assert!(shown.contains("vm: fetched ") && shown.contains(" of 12 MiB in "), "{shown}");
+}
+
+#[test]
+fn changes_stay_in_the_overlay_and_belong_to_the_image() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 8 * MIB);
+    let server = Server::qemu(&lab, "base.img", "-r");
+    let disk = format!("vm={},overlay=vm.cow", address(&lab));
+    lab.mount(&disk);
+    lab.open("m/vm").write_all_at(b"changed", 3 * MIB + 5).unwrap();
+    let shown = lab.sh("cat m/vm | md5sum");
+    lab.umount();
+    lab.mount(&disk);
+    assert_eq!(lab.sh("cat m/vm | md5sum"), shown);
+    lab.umount();
+    let checked = lab.ok("check vm.cow");
+    assert!(checked.contains("nbd+unix:///?socket=") && checked.contains("unchanged"), "{checked}");
+
+    // Another image at the same address.
+    server.kill();
+    lab.sh(
+        "cp base.img other.img; printf x | dd of=other.img bs=1 seek=100 conv=notrunc status=none",
+    );
+    let server = Server::qemu(&lab, "other.img", "-r");
+    let line = lab.refused(1, &format!("mount m {disk}"));
+    assert!(line.contains("does not fit its base") && line.contains("contents differ"), "{line}");
+    server.kill();
+    let line = lab.refused(1, &format!("mount m {disk}"));
+    assert!(line.contains("nbd+unix:///?socket="), "{line}");
+    let checked = lab.cowslip("check vm.cow");
+    assert_eq!(checked.status.code(), Some(3), "{}", show(&checked));
+
+    // The overlay moves to the file itself, and back to a server.
+    lab.ok("rebase vm.cow --base base.img");
+    lab.mount("vm=base.img,overlay=vm.cow");
+    assert_eq!(lab.sh("cat m/vm | md5sum"), shown);
+    lab.umount();
+    let _server = Server::qemu(&lab, "base.img", "-r");
+    let line = lab.refused(1, &format!("mount m {disk}"));
+    assert!(line.contains("base.img' is gone") || line.contains("is one of '"), "{line}");
+    lab.ok(&format!("rebase vm.cow --base {}", address(&lab)));
+    lab.mount(&disk);
+    assert_eq!(lab.sh("cat m/vm | md5sum"), shown);
+    let line = lab.refused(1, "commit m/vm");
+    assert!(line.contains("is on a server, which is only read"), "{line}");
+    lab.umount();
+    let line = lab.refused(1, "commit vm.cow");
+    assert!(line.contains("is on a server, which is only read"), "{line}");
+}
+
+#[test]
+fn random_changes_over_an_export_are_those_of_a_file() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    let _server = Server::qemu(&lab, "base.img", "-r");
+    random::model(&lab, "base.img", &format!("d={},overlay=o", address(&lab)));
+}
+
+#[test]
+fn qcow2_images_are_read_over_the_network() {
+    let lab = Lab::new();
+    lab.file_with_holes("base.img", 8 * MIB);
+    lab.sh("qemu-img convert -c -f raw -O qcow2 base.img packed.qcow2
+            qemu-img convert -f raw -O qcow2 base.img plain.qcow2
+            qemu-img create -q -f qcow2 -b base.img -F raw backed.qcow2");
+    for image in ["packed", "plain"] {
+        let server = Server::qemu(&lab, &format!("{image}.qcow2"), "-r");
+        // The image's own bytes are served, so that its format is this side's to read.
+        let line = lab.refused(1, &format!("mount m vm={},mode=ro", address(&lab)));
+        assert!(line.contains("looks like a qcow2 image: add ,format=qcow2"), "{line}");
+        lab.mount(&format!("vm={},format=qcow2,overlay={image}.cow", address(&lab)));
+        lab.sh("cmp base.img m/vm");
+        assert!(runs(&lab, "m/vm").iter().map(|run| run.end - run.start).sum::<u64>() < 7 * MIB);
+        lab.open("m/vm").write_all_at(b"changed", MIB).unwrap();
+        lab.umount();
+        lab.mount(&format!("vm={},format=qcow2,overlay={image}.cow", address(&lab)));
+        assert_eq!(read(&lab.open_ro("m/vm"), MIB, 7), b"changed");
+        lab.umount();
+        server.kill();
+    }
+    let _server = Server::qemu(&lab, "backed.qcow2", "-r");
+    let line = lab.refused(1, &format!("mount m vm={},format=qcow2,mode=ro", address(&lab)));
+    assert!(line.contains("base.img"), "{line}");
+}
+
+#[test]
+fn an_outage_is_waited_for_and_heals() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 32 * MIB);
+    let server = Server::qemu(&lab, "base.img", "-r");
+    lab.mount(&format!("vm={},mode=ro", address(&lab)));
+    let image = fs::read(lab.path("base.img")).unwrap();
+    let file = lab.open_ro("m/vm");
+    assert_eq!(read(&file, 0, 4096), image[..4096]);
+    server.kill();
+    // What is cached is there without a server.
+    assert_eq!(read(&lab.open_ro("m/vm"), 0, 4096), image[..4096]);
+    let is_read = AtomicBool::new(false);
+    let server = thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let at = 11 * MIB as usize;
+            assert_eq!(read(&file, at as u64, 65_536), image[at..at + 65_536]);
+            is_read.store(true, Ordering::SeqCst);
+        });
+        wait_until("the status tells of the outage", || {
+            lab.disk("vm")["remote"]["waiting"].as_u64().is_some_and(|secs| secs >= 1)
+        });
+        assert!(!is_read.load(Ordering::SeqCst));
+        let server = Server::qemu(&lab, "base.img", "-r");
+        reader.join().unwrap();
+        server
+    });
+    lab.sh("cmp base.img m/vm");
+    assert_eq!(lab.disk("vm")["remote"]["failures"], 0);
+    drop(file);
+
+    // One that is longer than io_timeout fails what waits, and nothing that comes after it.
+    lab.umount();
+    lab.mount(&format!("-o io_timeout=2 vm={},mode=ro", address(&lab)));
+    let file = lab.open_ro("m/vm");
+    server.kill();
+    let at = 11 * MIB;
+    let mut buf = [0; 4096];
+    assert_eq!(errno_of(file.read_at(&mut buf, at)), libc::EIO);
+    let _server = Server::qemu(&lab, "base.img", "-r");
+    wait_until("it heals", || file.read_at(&mut buf, at).is_ok());
+    assert_eq!(buf, image[at as usize..at as usize + 4096]);
+}
+
+#[test]
+fn another_image_after_an_outage_is_noticed() {
+    let lab = Lab::new();
+    lab.file_with_holes("base.img", 8 * MIB);
+    lab.file_with_holes("other.img", 8 * MIB);
+    put(&lab.path("other.img"), &noise(8 * MIB, 99));
+    let server = Server::qemu(&lab, "base.img", "-r");
+    lab.mount(&format!("vm={},overlay=vm.cow", address(&lab)));
+    lab.open("m/vm").write_all_at(&[7; 4096], 6 * MIB).unwrap();
+    server.kill();
+    let _server = Server::qemu(&lab, "other.img", "-r");
+    let file = lab.open_ro("m/vm");
+    assert_eq!(errno_of(file.read_at(&mut [0; 4096], MIB)), libc::EIO);
+    assert_eq!(errno_of(file.read_at(&mut [0; 4096], 3 * MIB)), libc::EIO);
+    // What the overlay has is still there.
+    assert_eq!(read(&file, 6 * MIB, 4096), [7; 4096]);
+    let log = lab.log();
+    assert_eq!(log.matches("the image is another one by now").count(), 1, "{log}");
+}
+
+#[test]
+fn many_reads_wait_at_a_time() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 64 * MIB);
+    put(&lab.path("base.img"), &noise(64 * MIB, 3));
+    lab.watch("base.img");
+    // Half a second a request: one after the other, or eight at a time, would take much longer.
+    let filters = "--filter=delay --filter=noextents";
+    let _server = Server::nbdkit(&lab, "base.img", filters, "rdelay=500ms");
+    lab.mount(&format!("vm={},mode=ro", address(&lab)));
+    let image = fs::read(lab.path("base.img")).unwrap();
+    let begun = Instant::now();
+    thread::scope(|scope| {
+        for reader in 0..48_u64 {
+            let (lab, image) = (&lab, &image);
+            scope.spawn(move || {
+                use std::os::unix::fs::OpenOptionsExt;
+                let mut options = File::options();
+                let file = options.read(true).custom_flags(libc::O_DIRECT);
+                let file = file.open(lab.path("m/vm")).unwrap();
+                let at = (reader * 37 % 48) * 1_300_000 / 4096 * 4096;
+                let mut buf = Aligned::of(&[0; 4096]);
+                file.read_exact_at(buf.bytes_mut(), at).unwrap();
+                assert_eq!(buf.bytes(), &image[at as usize..at as usize + 4096]);
+            });
+        }
+    });
+    let took = begun.elapsed();
+    assert!(took < Duration::from_millis(500 * 48 / 8), "{took:?}");
+    let threads = threads_of(lab.pid()).len();
+    assert!(threads < 40, "{threads} threads");
+}
+
+#[test]
+fn a_command_can_be_the_server() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    let path = lab.path("base.img").display().to_string();
+    let source = format!("vm=nbd+exec:qemu-nbd -r -f raw {path}");
+    let output = lab.output(COWSLIP, &["mount", "m", &source, "--log", "log.txt"]);
+    assert!(output.status.success(), "{}", show(&output));
+    lab.sh("cmp base.img m/vm");
+    let servers = || {
+        let daemons = daemons_of(lab.dir());
+        daemons.into_iter().filter(|pid| *pid != lab.pid()).collect::<Vec<_>>()
+    };
+    assert_eq!(servers().len(), 1);
+    // A server that dies is started again.
+    signal(servers()[0], rustix::process::Signal::KILL).unwrap();
+    wait_until("it is gone", || {
+        !is_alive(servers().first().copied().unwrap_or(1)) || servers().is_empty()
+    });
+    let image = fs::read(lab.path("base.img")).unwrap();
+    assert_eq!(read(&lab.open_ro("m/vm"), 0, 4096), image[..4096]);
+    lab.umount();
+    assert_eq!(servers(), [] as [u32; 0]);
+
+    for (command, why) in
+        [("false", "exit"), ("sh -c 'echo no such pool >&2; exit 3'", "no such pool")]
+    {
+        let source = format!("vm=nbd+exec:{command}");
+        let line = one_line(1, &lab.output(COWSLIP, &["mount", "m", &source]), command);
+        assert!(line.contains(why), "{line}");
+    }
+}
+
+#[test]
+fn a_command_is_started_by_the_user_alone() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    let path = lab.path("base.img").display().to_string();
+    let command = format!("nbd+exec:qemu-nbd -r -f raw {path}");
+    let output = |words: &[&str]| lab.output(COWSLIP, words);
+    let disk = format!("vm={command},overlay=vm.cow");
+    assert!(output(&["mount", "m", &disk]).status.success());
+    lab.umount();
+    // Neither a look at the overlay nor a store starts what is written there.
+    let checked = lab.cowslip("check vm.cow");
+    let said = String::from_utf8_lossy(&checked.stdout);
+    assert!(checked.status.code() == Some(3) && said.contains("started only by a mount"), "{said}");
+    let line = one_line(
+        1,
+        &output(&["mount", "m", &format!("vm={command},overlay=s"), "--store", "s"]),
+        "",
+    );
+    assert!(line.contains("would be started by every mount of the store"), "{line}");
+    let mounted = output(&["mount", "m", &format!("vm={command}"), "--store", "s2"]);
+    assert!(mounted.status.success(), "{}", show(&mounted));
+    let line = one_line(1, &output(&["keep", "m/vm", "s2"]), "keep");
+    assert!(line.contains("would be started by every mount of the store"), "{line}");
+    lab.umount();
+}
+
+#[test]
+fn what_was_fetched_stays_for_the_next_mount() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 8 * MIB);
+    let _server = Server::qemu(&lab, "base.img", "-r");
+    let disk = format!("vm={},mode=ro,read-cache=kept", address(&lab));
+    let fetched = || lab.disk("vm")["remote"]["fetched"].as_u64().unwrap();
+    lab.mount(&disk);
+    lab.sh("cmp base.img m/vm");
+    assert!(fetched() > 2 * MIB);
+    lab.umount();
+    lab.mount(&disk);
+    lab.sh("cmp base.img m/vm");
+    assert!(fetched() < 64 << 10, "{}", fetched());
+    // A second mount at the same time has a place of its own.
+    lab.sh(&format!("mkdir n; $COWSLIP mount n '{disk}'; cmp base.img n/vm; $COWSLIP umount n"));
+    lab.umount();
+    // What was damaged meanwhile is fetched again.
+    lab.sh("for file in kept/*/data; do printf XXXX | dd of=$file bs=1 seek=5000 conv=notrunc status=none; done");
+    lab.mount(&disk);
+    lab.sh("cmp base.img m/vm");
+    lab.umount();
+    // A directory of another user is no place for it.
+    lab.sh("chown 12345 kept");
+    let line = lab.refused(1, &format!("mount m {disk}"));
+    assert!(line.contains("kept'"), "{line}");
+}
+
+#[test]
+fn an_export_that_is_mounted_rw_takes_writes_and_holes() {
+    let lab = Lab::new();
+    lab.file_with_holes("base.img", 16 * MIB);
+    let _server = Server::qemu(&lab, "base.img", "--discard=unmap");
+    lab.mount(&format!("vm={},mode=rw", address(&lab)));
+    lab.sh("cmp base.img m/vm");
+    let file = lab.open("m/vm");
+    file.write_all_at(&noise(100_000, 8), 3 * MIB + 11).unwrap();
+    fallocate(
+        &file,
+        rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE,
+        5 * MIB..7 * MIB,
+    )
+    .unwrap();
+    assert_eq!(errno_of(file.set_len(MIB)), libc::EINVAL);
+    file.sync_all().unwrap();
+    assert_eq!(read(&lab.open_ro("base.img"), 3 * MIB + 11, 100_000), noise(100_000, 8));
+    assert_eq!(read(&lab.open_ro("base.img"), 5 * MIB, 4096), [0; 4096]);
+    assert_eq!(
+        seek(&file, rustix::fs::SeekFrom::Data(5 * MIB)).unwrap(),
+        seek(&lab.open_ro("base.img"), rustix::fs::SeekFrom::Data(5 * MIB)).unwrap()
+    );
+    drop(file);
+    lab.sh("mkfs.ext4 -q -F m/vm; e2fsck -fn m/vm");
+    lab.umount();
+    lab.sh("e2fsck -fn base.img");
+}
+
+#[test]
+fn what_cannot_be_reached_is_one_line() {
+    let lab = Lab::new();
+    lab.file_with_holes("base.img", MIB);
+    let socket = lab.path("nbd.sock").display().to_string();
+    let server = Server::start(
+        &lab,
+        "qemu-nbd",
+        &format!("--persistent -k {socket} -f raw -x vm -r base.img"),
+    );
+    for (source, why) in [
+        (format!("nbd+unix:///other?socket={socket}"), "other"),
+        ("nbd+unix:///?socket=/nonexistent".to_owned(), "/nonexistent"),
+        ("nbd://127.0.0.1:1/vm".to_owned(), "127.0.0.1"),
+        ("nbd://no-such-host.invalid/vm".to_owned(), "no-such-host.invalid"),
+        (format!("nbd+unix:///vm?socket={socket},partition=1"), "no partition table"),
+    ] {
+        let line = lab.refused(1, &format!("mount m vm={source},mode=ro"));
+        assert!(line.contains(why), "{line}");
+    }
+    let line = lab.refused(1, &format!("mount m vm=nbd+unix:///vm?socket={socket},mode=rw"));
+    assert!(line.contains("read-only") || line.contains("cannot be written"), "{line}");
+    lab.mount(&format!("vm=nbd+unix:///vm?socket={socket},mode=ro"));
+    lab.umount();
+    drop(server);
+}
+
+#[test]
+fn disks_of_one_image_share_what_is_fetched() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 8 * MIB);
+    let _server = Server::qemu(&lab, "base.img", "-r");
+    let address = address(&lab);
+    lab.mount(&format!("a={address},overlay=a.cow b={address} c={address},mode=ro"));
+    lab.sh("cmp base.img m/a; cmp base.img m/b; cmp base.img m/c");
+    let fetched = |name: &str| lab.disk(name)["remote"]["fetched"].as_u64().unwrap();
+    assert_eq!(fetched("a"), fetched("b"));
+    assert!(fetched("c") < 9 * MIB);
+}
