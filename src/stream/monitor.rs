@@ -63,7 +63,7 @@ impl Monitor {
         self.pipeline.as_ref().and_then(|pipeline| pipeline.failure())
     }
 
-    /// Kills the commands, if there are any. Its [`Stop`](super::stop::Stop) ends the wait of a thread
+    /// Kills the commands, if there are any. Its [`Stop`](crate::program::stop::Stop) ends the wait of a thread
     /// for the sink or the source.
     pub fn kill(&self) {
         if let Some(pipeline) = &self.pipeline {
