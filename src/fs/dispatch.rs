@@ -16,15 +16,10 @@ use std::sync::Arc;
 use fuser::ReplyEmpty;
 
 use super::context::{CowslipFs, FsContext};
-use super::reply::{Deadline, ErrorReply, PoolKind};
+use super::reply::{Deadline, ErrorReply, PoolKind, would_block};
 use crate::arrival::Arrival;
 use crate::disk::{Disk, DiskFile};
 use crate::layer::Wait;
-
-/// Whether work was given up because it would have had to wait.
-pub(super) fn would_block<T>(result: &io::Result<T>) -> bool {
-    result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
-}
 
 /// Runs `work` without waiting, or in the disk's pool if it would have to wait.
 fn try_or_defer<R: ErrorReply, T: 'static>(

@@ -7,9 +7,8 @@ use std::sync::Arc;
 use fuser::{ReplyData, ReplyLseek};
 
 use super::context::CowslipFs;
-use super::dispatch::would_block;
 use super::page_cache::WHOLE_DISK;
-use super::reply::{Deadline, ErrorReply as _, PoolKind};
+use super::reply::{Deadline, ErrorReply as _, PoolKind, would_block};
 use crate::aligned::AlignedBuf;
 use crate::arrival::Arrival;
 use crate::disk::{Disk, DiskFile, Whence};

@@ -13,12 +13,16 @@ use std::time::{Duration, Instant};
 use fuser::Errno;
 use parking_lot::Mutex;
 
-use super::dispatch::would_block;
 use crate::arrival::Arrival;
 use crate::disk::Disk;
 use crate::host::os_error;
 use crate::layer::Wait;
 use crate::pool::{self, Cancellable};
+
+/// Whether work was given up because it would have had to wait.
+pub(super) fn would_block<T>(result: &io::Result<T>) -> bool {
+    result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
+}
 
 /// A reply that can carry an error.
 pub(super) trait ErrorReply: Send + 'static {

@@ -20,10 +20,14 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::fs::{AtFlags, FlockOperation, Timespec, Timestamps};
 
 use super::error::CacheError;
-use super::persist::{DATA_FILE, MAP_FILE, NEW_MAP_FILE};
 use crate::confined::{self, FileAccess, entry_names, open_subdir};
 use crate::trust;
 use crate::trusted_path::open_dir;
+
+/// Names of the files of an image, and of a map that is being written.
+pub(super) const DATA_FILE: &str = "data";
+pub(super) const MAP_FILE: &str = "map";
+pub(super) const NEW_MAP_FILE: &str = "map.new";
 
 /// Name of the mark, and its contents.
 const MARKER_FILE: &str = "read-cache";

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
-use super::dir::{CacheDir, OtherImages};
+use super::dir::{CacheDir, DATA_FILE, OtherImages};
 use super::overflow::Overflow;
-use super::persist::{DATA_FILE, Persistent};
+use super::persist::Persistent;
 use super::record::ImageId;
 use super::units::{UNIT_SIZE, Units};
 use super::{Cache, CacheError, Counters, MIN_CAP, MIN_UNITS};

@@ -10,18 +10,13 @@ use std::io::{self, BufReader, BufWriter, IoSlice, Seek, Write};
 use parking_lot::Mutex;
 
 use super::Cache;
-use super::dir::ImageDir;
+use super::dir::{ImageDir, MAP_FILE, NEW_MAP_FILE};
 use super::record::{GROUP_BLOCKS, HEADER_LEN, ImageId, MapText, RECORD_LEN, Record, Run, follow};
 use super::units::{UNIT_BLOCKS, Units, runs};
 use crate::confined;
 use crate::host::{self, os_error};
 use crate::layer::Wait;
 use crate::remote::BLOCK_SIZE;
-
-/// Names of the files of an image, and of a map that is being written.
-pub(super) const DATA_FILE: &str = "data";
-pub(super) const MAP_FILE: &str = "map";
-pub(super) const NEW_MAP_FILE: &str = "map.new";
 
 /// The fewest records that a map may have, however small the cache is.
 const MIN_RECORDS: usize = 1 << 16;
