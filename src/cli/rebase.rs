@@ -1,7 +1,7 @@
 //! `cowslip rebase`: records the new location of the base of an overlay that is not mounted.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 
@@ -34,7 +34,7 @@ pub(super) fn run(args: &RebaseArgs) -> anyhow::Result<u8> {
     args.trust.allow(&current_dir()?)?;
     let on_mismatch = if args.force { OnMismatch::Accept } else { OnMismatch::Refuse };
     let shown = args.overlay.display();
-    let base = config::parse_base(&args.base, Path::new(""))?;
+    let base = config::parse_base(&args.base, &current_dir()?)?;
     base.paths().try_for_each(|path| check_answers(path))?;
     print_line(&match rebase(&args.overlay, &base, on_mismatch, &args.allow_backing)? {
         Rebased::Unchanged { base } => {

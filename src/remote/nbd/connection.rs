@@ -158,7 +158,7 @@ impl Connection {
         self.began + std::time::Duration::from_millis(self.heard_ms.load(Ordering::Relaxed))
     }
 
-    /// Returns whether a request was answered, at least in part.
+    /// Returns whether a request was answered, at least in part, with more than an error.
     pub(super) fn has_answered(&self) -> bool {
         self.has_answered.load(Ordering::Relaxed)
     }
@@ -212,7 +212,10 @@ impl Connection {
             // What came before the fault is sound.
             let mut ended = None;
             if !events.is_empty() {
-                self.has_answered.store(true, Ordering::Relaxed);
+                // A server that only refuses has not helped anybody.
+                if events.iter().any(|event| event.result.is_ok()) {
+                    self.has_answered.store(true, Ordering::Relaxed);
+                }
                 ended = deliver(&mut events);
             }
             if let Err(error) = fed {

@@ -13,6 +13,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
 use super::error::NbdError;
+use crate::confined::{self, FileAccess};
+use crate::host::os_message;
 
 /// Where systems keep the authorities that they believe.
 const SYSTEM_AUTHORITIES: [&str; 4] = [
@@ -21,6 +23,9 @@ const SYSTEM_AUTHORITIES: [&str; 4] = [
     "/etc/pki/tls/certs/ca-bundle.crt",
     "/etc/ssl/cert.pem",
 ];
+
+/// The longest file of certificates or keys in bytes; a system's list of authorities has 250 KiB.
+const MAX_FILE_LEN: u64 = 4 << 20;
 
 /// The most plaintext that is encrypted at a time: the socket takes about as much.
 const MAX_PLAINTEXT: usize = 256 << 10;
@@ -60,7 +65,7 @@ impl TlsFiles {
             None => builder.with_no_client_auth(),
             Some((certificate, key)) => {
                 let chain = certificates(certificate)?;
-                let key_der = PrivateKeyDer::from_pem_file(key)
+                let key_der = PrivateKeyDer::from_pem_slice(&read_pem(key)?)
                     .map_err(|error| failed(format!("the key '{}': {error}", key.display())))?;
                 builder.with_client_auth_cert(chain, key_der).map_err(|error| {
                     failed(format!("the certificate '{}': {error}", certificate.display()))
@@ -84,10 +89,23 @@ impl TlsFiles {
     }
 }
 
+/// Reads a file that the user has named: a regular one of at most [`MAX_FILE_LEN`] bytes, which is
+/// never waited for. One without a length is refused, since those of /proc have none and may wait.
+fn read_pem(file: &Path) -> Result<Vec<u8>, NbdError> {
+    let failed = |error: io::Error| {
+        NbdError::TlsSettings(format!("the file '{}': {}", file.display(), os_message(&error)))
+    };
+    let opened = confined::open_input(file, FileAccess::Read).map_err(failed)?;
+    if opened.metadata().map_err(failed)?.len() == 0 {
+        return Err(NbdError::TlsSettings(format!("the file '{}' is empty", file.display())));
+    }
+    confined::read_to_limit(&opened, MAX_FILE_LEN).map_err(failed)
+}
+
 fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, NbdError> {
     let failed = |error| NbdError::TlsSettings(format!("the file '{}': {error}", file.display()));
-    let found = CertificateDer::pem_file_iter(file).map_err(failed)?;
-    let found: Result<Vec<_>, _> = found.collect();
+    let bytes = read_pem(file)?;
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
     let found = found.map_err(failed)?;
     match found.is_empty() {
         true => Err(NbdError::TlsSettings(format!("'{}' has no certificate", file.display()))),
