@@ -129,7 +129,8 @@ impl Base {
     }
 }
 
-/// Opens the base of a disk. Nothing here waits, neither for a FIFO's other end nor for a lock.
+/// Opens the base of a disk. Nothing here waits, neither for a FIFO's other end nor for a lock, but
+/// an image on a server waits for the server.
 ///
 /// # Errors
 /// [`BaseError`], worded for the user.

@@ -7,21 +7,18 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::BLOCK_SIZE;
 use super::cache::{Cache, Urgency};
 use super::extent_cache::ExtentCache;
 use super::fetcher::Fetcher;
 use super::plan::{Fetches, PlanLimits, Planner};
 use super::transport::Transport;
+use super::{BLOCK_SIZE, EXTENTS_STRETCH};
 use crate::arrival::Arrival;
 use crate::config::{RemoteAddress, RemoteSpec};
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::identity::Identity;
 use crate::layer::{CopyFn, Layer, Wait};
-
-/// The bytes that the extents are asked for at a time: 1 GiB. A server may answer for less.
-const EXTENTS_STRETCH: u64 = 1 << 30;
 
 /// An image on a server: what was read of it stays in a cache on this host.
 ///

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
+use super::EXTENTS_STRETCH;
 use super::answer::{Answer, answer_of};
 use super::extent_cache::ExtentCache;
 use super::transport::WritableTransport;
@@ -18,8 +19,6 @@ use crate::extents::{Extent, ExtentKind};
 use crate::host::{is_fallocate_unsupported, os_error};
 use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 
-/// The bytes that the extents are asked for at a time: 1 GiB. A server may answer for less.
-const EXTENTS_STRETCH: u64 = 1 << 30;
 /// The most zeros in bytes that are sent in one write to a server that cannot zero by itself.
 const ZEROS_LEN: u64 = 256 << 10;
 

@@ -347,7 +347,8 @@ fn an_export_that_is_mounted_rw_takes_writes_and_holes() {
     let lab = Lab::new();
     lab.file_with_holes("base.img", 16 * MIB);
     let _server = Server::qemu(&lab, "base.img", "--discard=unmap");
-    lab.mount(&format!("vm={},mode=rw", address(&lab)));
+    let said = lab.mount(&format!("vm={},mode=rw", address(&lab)));
+    assert!(said.contains(&format!("writes go straight to '{}'", address(&lab))), "{said}");
     lab.sh("cmp base.img m/vm");
     let file = lab.open("m/vm");
     file.write_all_at(&noise(100_000, 8), 3 * MIB + 11).unwrap();

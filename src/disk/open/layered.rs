@@ -1,6 +1,5 @@
 //! Disks over a base: the base is opened, and the layer that the spec asks for is put above it.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use uuid::Uuid;
@@ -87,9 +86,9 @@ fn over_writable(
 ) -> OpenedDisk {
     let bottom_layer = Arc::clone(layer) as Arc<dyn Layer>;
     let layers = LayerStack::new(Top::Writable(Arc::clone(layer)), Vec::new(), Some(bottom_layer));
-    let path = description.path().unwrap_or(Path::new("")).display().to_string();
-    let summary = format!("{}, writes go straight to '{path}'", format_size(size));
-    OpenedDisk { disk: Disk::new(spec, Uuid::new_v4(), layers, description, owner), summary, notes }
+    let disk = Disk::new(spec, Uuid::new_v4(), layers, description, owner);
+    let summary = format!("{}, writes go straight to '{}'", format_size(size), disk.source);
+    OpenedDisk { disk, summary, notes }
 }
 
 /// Makes a disk of a base that is only read (`mode=ro`).
