@@ -106,18 +106,22 @@ impl Disk {
         let both = self.open_pair(&tree, lower, upper)?;
         let new = self.build_merged(&tree, lower, &both, operation)?;
         let (uuid, layer) = (new.uuid, Arc::new(new.overlay));
+        let layer_cache = self.history.layer_cache();
         let done = || -> Result<LayerTree, OperationError> {
             layer.close_sealed().map_err(OperationError::io("closing a merged layer"))?;
+            // Before the tree names it: who opens a snapshot by the new tree looks here.
+            layer_cache.insert(uuid, &layer);
+            self.history.sealed.lock().insert(uuid, Arc::clone(&layer));
             let mut next = tree.clone();
             next.replace(upper, lower, uuid);
             self.replace_tree(&next, None)?;
             Ok(next)
         };
-        let layer_cache = self.history.layer_cache();
         let _layers_locked = layer_cache.lock_changes();
-        let next = done().inspect_err(|_| self.remove_layer(uuid))?;
-        layer_cache.insert(uuid, &layer);
-        self.history.sealed.lock().insert(uuid, layer);
+        let next = done().inspect_err(|_| {
+            self.history.sealed.lock().remove(&uuid);
+            self.remove_layer(uuid);
+        })?;
         let below = match next.top().and_then(|top| top.parent) {
             Some(parent) => self.open_chain(&next, parent)?,
             None => Vec::new(),
@@ -399,6 +403,48 @@ mod tests {
         assert_eq!(disk.handle_count(), 0);
         let refused = disk.commit(Force::Yes, &|| false).unwrap_err().to_string();
         assert!(refused.contains("blank"), "{refused}");
+    }
+
+    #[test]
+    fn snapshots_can_be_opened_while_layers_are_merged() {
+        let room = tempfile::tempdir().unwrap();
+        let mut spec = DiskSpec::new("d".to_owned(), DiskSource::Blank(8 << 20));
+        for overlay in [None, Some(room.path().join("ov"))] {
+            let rounds = if overlay.is_some() { 20 } else { 300 };
+            spec.overlay = overlay;
+            let opened = open(&spec, &OpenContext::unmounted());
+            let disk = opened.map_err(|error| error.to_string()).unwrap().disk;
+            disk.snapshot(Some("a")).unwrap();
+            let ended = std::sync::atomic::AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                let merges = scope.spawn(|| {
+                    for _ in 0..rounds {
+                        disk.snapshot(Some("b")).unwrap();
+                        disk.write(b"more", 8192, Wait::Yes).unwrap();
+                        disk.snapshot(Some("c")).unwrap();
+                        disk.delete_snapshot("b").unwrap();
+                        disk.merge_layers().unwrap();
+                        disk.delete_snapshot("c").unwrap();
+                    }
+                });
+                let opens = scope.spawn(|| {
+                    while !ended.load(Ordering::Relaxed) {
+                        // It may have been deleted, and that is all.
+                        match disk.snapshot_file("c").map(|_| ()).or_else(|error| {
+                            (error.raw_os_error() == Some(libc::ENOENT)).then_some(()).ok_or(error)
+                        }) {
+                            Ok(()) => disk.history.drop_files(),
+                            Err(error) => return Err(error),
+                        }
+                    }
+                    Ok(())
+                });
+                let merged = merges.join();
+                ended.store(true, Ordering::Relaxed);
+                opens.join().unwrap().unwrap();
+                merged.unwrap();
+            });
+        }
     }
 
     #[test]

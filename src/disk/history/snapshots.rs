@@ -156,28 +156,33 @@ impl Disk {
         }
         loop {
             let tree = self.overlay_location.tree().ok_or_else(missing)?;
-            match self.layered_snapshot_file(&tree, name) {
+            let record = tree.snapshot(name).ok_or_else(missing)?;
+            match self.layered_snapshot_file(&tree, record) {
+                Ok(file) => return Ok(file),
                 // Layers were merged meanwhile, so the layers of this tree no longer exist.
                 Err(_) if self.overlay_location.tree().as_ref() != Some(&tree) => {}
-                found => return found,
+                Err(error) => {
+                    log::error!("{}: snapshot '{name}' cannot be opened: {error}", self.source);
+                    return Err(os_error(libc::EIO));
+                }
             }
         }
     }
 
-    fn layered_snapshot_file(&self, tree: &LayerTree, name: &str) -> io::Result<Arc<Self>> {
-        let record = tree.snapshot(name).ok_or_else(|| os_error(libc::ENOENT))?;
+    fn layered_snapshot_file(
+        &self,
+        tree: &LayerTree,
+        record: &SnapshotRecord,
+    ) -> Result<Arc<Self>, OperationError> {
         if let Some(file) = self.history.snapshot_files.lock().get(&record.layer) {
             return Ok(Arc::clone(file));
         }
-        let chain = self.open_chain(tree, record.layer).map_err(|error| {
-            log::error!("{}: snapshot '{name}' cannot be opened: {error}", self.source);
-            os_error(libc::EIO)
-        })?;
+        let chain = self.open_chain(tree, record.layer)?;
         let time = chain.first().and_then(|layer| layer.mtime()).map(|(mtime, _)| mtime);
         let bottom = self.layers().bottom.clone();
         let layers = LayerStack::read_only(chain, bottom);
         let time = time.unwrap_or(record.taken.saturating_mul(1_000_000_000));
-        Ok(self.make_snapshot_file(name, (record.layer, record.layer), layers, time))
+        Ok(self.make_snapshot_file(&record.name, (record.layer, record.layer), layers, time))
     }
 
     fn reflink_snapshot_file(&self, reflink: &Reflink, name: &str) -> io::Result<Arc<Self>> {
