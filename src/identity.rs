@@ -145,7 +145,7 @@ fn device_id(rdev: u64) -> Option<String> {
 }
 
 /// The hash of the samples of a base, wherever its bytes are read from.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SampleHash(u32);
 
 impl SampleHash {

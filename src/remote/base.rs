@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::BLOCK_SIZE;
 use super::cache::{Cache, Urgency};
-use super::extent_cache::ExtentCache;
+use super::extent_cache::{ExtentCache, ExtentWalk};
 use super::fetcher::Fetcher;
 use super::plan::{Fetches, PlanLimits, Planner};
 use super::transport::Transport;
-use super::{BLOCK_SIZE, EXTENTS_STRETCH};
 use crate::arrival::Arrival;
 use crate::config::{RemoteAddress, RemoteSpec};
 use crate::extents::{Extent, ExtentKind};
@@ -38,6 +38,7 @@ pub struct RemoteBase {
 #[derive(Default)]
 struct KnownExtents {
     cache: ExtentCache,
+    walk: ExtentWalk,
     /// The questions that are not answered yet.
     asked: Vec<(Range<u64>, Arrival)>,
 }
@@ -136,9 +137,9 @@ impl RemoteBase {
         if !self.transport.knows_extents() {
             return Ok(Extent::new(range.clone(), ExtentKind::Data));
         }
-        let arrival = Arrival::default();
-        let stretch = {
-            let mut extents = self.extents.lock();
+        let questions: Vec<_> = {
+            let mut guard = self.extents.lock();
+            let extents = &mut *guard;
             if let Some(found) = extents.cache.get(range) {
                 return Ok(found);
             }
@@ -146,14 +147,18 @@ impl RemoteBase {
             if let Some((_, arrival)) = asked {
                 return Err(arrival.clone());
             }
-            let most = range.start.saturating_add(EXTENTS_STRETCH).min(self.transport.size());
-            let end = extents.cache.unknown_end(&(range.start..most));
-            let stretch = range.start..end;
-            extents.asked.push((stretch.clone(), arrival.clone()));
-            stretch
+            let size = self.transport.size();
+            let questions = extents.walk.questions(range.start, size, &extents.cache);
+            let noted = questions.into_iter().map(|question| (question, Arrival::default()));
+            let noted: Vec<_> = noted.collect();
+            extents.asked.extend(noted.iter().cloned());
+            noted
         };
-        self.ask_extents(stretch, arrival.clone());
-        Err(arrival)
+        let first = questions.first().map(|(_, arrival)| arrival.clone());
+        for (question, arrival) in questions {
+            self.ask_extents(question, arrival);
+        }
+        first.map_or_else(|| Ok(Extent::new(range.clone(), ExtentKind::Data)), Err)
     }
 
     /// Asks the server for the extents of `stretch`, which is noted as asked for.

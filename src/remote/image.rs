@@ -44,17 +44,21 @@ impl RemoteImage {
         }
     }
 
-    /// Whether what is kept of the image outlives the mount, and so has to be kept in its limits.
+    /// Whether there is periodic work on the image.
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
-        matches!(self, Self::Cached(base) if base.cache().is_persistent())
+        match self {
+            Self::Cached(base) => base.cache().is_persistent(),
+            Self::Direct(disk) => disk.needs_maintenance(),
+        }
     }
 
-    /// Keeps what is kept of the image in its limits; to be called every few seconds. Waits for the
-    /// host.
+    /// Does the periodic work, every few seconds: keeps a persistent cache in its limits, or notes how
+    /// an image that is written to can be known again. Waits for the host, but not for the server.
     pub fn maintain(&self) {
-        if let Self::Cached(base) = self {
-            base.cache().maintain();
+        match self {
+            Self::Cached(base) => base.cache().maintain(),
+            Self::Direct(disk) => disk.maintain(),
         }
     }
 
@@ -69,22 +73,29 @@ impl RemoteImage {
 }
 
 /// A sample of an image, in a range that a server can be asked for.
-struct Sample {
+pub(super) struct Sample {
     /// The range to be read: the sample in whole blocks of the server's.
-    range: Range<u64>,
+    pub(super) range: Range<u64>,
     /// The sample in the bytes of that range.
     inside: Range<usize>,
 }
 
 impl Sample {
     /// Returns the samples of an image of `size` bytes, in blocks of `alignment` bytes.
-    fn all(size: u64, alignment: u64) -> impl Iterator<Item = Self> {
+    pub(super) fn all(size: u64, alignment: u64) -> impl Iterator<Item = Self> {
         sample_positions(size).into_iter().map(move |(at, len)| {
             let start = at - at % alignment;
             let from = usize::try_from(at - start).unwrap_or(usize::MAX);
             let end = (at + len as u64).next_multiple_of(alignment).min(size);
             Self { range: start..end, inside: from..from.saturating_add(len) }
         })
+    }
+
+    /// Returns the hash of this sample alone in `bytes`, those of its range.
+    pub(super) fn hash(&self, bytes: &[u8]) -> io::Result<SampleHash> {
+        let mut hash = SampleHash::default();
+        self.add_to(&mut hash, bytes)?;
+        Ok(hash)
     }
 
     /// Adds the sample in `bytes`, those of its range, to `hash`.

@@ -21,6 +21,7 @@ mod nbd;
 mod open;
 mod plan;
 mod transport;
+mod watched_samples;
 mod writable;
 
 pub use self::base::{RemoteBase, RemoteStatus};
@@ -34,8 +35,6 @@ pub use self::writable::RemoteDisk;
 
 /// The granularity of what is fetched and kept, in bytes: a page.
 const BLOCK_SIZE: u64 = 4 << 10;
-/// The bytes that the extents are asked for at a time: 1 GiB. A server may answer for less.
-const EXTENTS_STRETCH: u64 = 1 << 30;
 
 #[cfg(test)]
 mod testing;

@@ -15,7 +15,7 @@ use super::error::RemoteError;
 use super::image::{check_identity, identity_of};
 use super::nbd::{Access, NbdClient, NbdOptions, NbdTarget, TlsFiles};
 use super::transport::Transport;
-use crate::config::RemoteSpec;
+use crate::config::{RemoteAddress, RemoteSpec};
 
 /// The seconds after which a request fails that no server answers; those of the mount.
 static IO_TIMEOUT: AtomicU64 = AtomicU64::new(30);
@@ -61,18 +61,17 @@ pub fn open(spec: &RemoteSpec) -> Result<Arc<RemoteBase>, RemoteError> {
 /// # Errors
 /// [`RemoteError`], for the user.
 pub fn open_writable(spec: &RemoteSpec) -> Result<Arc<RemoteDisk>, RemoteError> {
-    let client = connect(spec, Access::ReadWrite)?;
-    Ok(Arc::new(RemoteDisk::new(spec.address.clone(), Arc::new(client))))
+    let client = Arc::new(connect(spec, Access::ReadWrite)?);
+    let disk = RemoteDisk::new(spec.address.clone(), client.clone())
+        .map_err(|error| unreadable(&spec.address, &error))?;
+    client.set_identity_check(disk.identity_check());
+    Ok(Arc::new(disk))
 }
 
 fn open_cached(spec: &RemoteSpec) -> Result<RemoteBase, RemoteError> {
     let address = &spec.address;
     let client = connect(spec, Access::ReadOnly)?;
-    let unreadable = |error: std::io::Error| RemoteError::Server {
-        address: address.clone(),
-        why: format!("it cannot be read: {}", crate::host::os_message(&error)),
-    };
-    let identity = identity_of(&client).map_err(unreadable)?;
+    let identity = identity_of(&client).map_err(|error| unreadable(address, &error))?;
     if client.tail() > 0 {
         let tail = client.tail();
         log::warn!(
@@ -87,6 +86,11 @@ fn open_cached(spec: &RemoteSpec) -> Result<RemoteBase, RemoteError> {
     let dir = spec.read_cache.as_deref();
     let cache = CACHES.open(dir, known_by.as_bytes(), client.size(), spec.read_cache_size);
     Ok(RemoteBase::new(spec, identity, Arc::new(client), cache.map_err(no_place)?))
+}
+
+fn unreadable(address: &RemoteAddress, error: &std::io::Error) -> RemoteError {
+    let why = format!("it cannot be read: {}", crate::host::os_message(error));
+    RemoteError::Server { address: address.clone(), why }
 }
 
 fn connect(spec: &RemoteSpec, access: Access) -> Result<NbdClient, RemoteError> {

@@ -10,10 +10,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
-use super::EXTENTS_STRETCH;
 use super::answer::{Answer, answer_of};
-use super::extent_cache::ExtentCache;
+use super::extent_cache::{ExtentCache, ExtentWalk};
+use super::nbd::IdentityCheck;
 use super::transport::WritableTransport;
+use super::watched_samples::WatchedSamples;
 use crate::config::RemoteAddress;
 use crate::extents::{Extent, ExtentKind};
 use crate::host::{is_fallocate_unsupported, os_error};
@@ -26,26 +27,40 @@ const ZEROS_LEN: u64 = 256 << 10;
 pub struct RemoteDisk {
     address: RemoteAddress,
     transport: Arc<dyn WritableTransport>,
-    extents: Mutex<ExtentCache>,
+    extents: Mutex<(ExtentCache, ExtentWalk)>,
     /// Number of changes that have ended. Extents that were asked for before one are not remembered.
     changes: AtomicU64,
     /// Held exclusive while blocks of the server's that are written only in part are read, changed
     /// and written; shared by all other changes.
     whole_blocks: RwLock<()>,
+    /// The samples by which the image is known after an outage.
+    samples: Arc<WatchedSamples>,
     is_latched: AtomicBool,
 }
 
 impl RemoteDisk {
-    /// Makes a disk of the image behind `transport`.
-    pub(super) fn new(address: RemoteAddress, transport: Arc<dyn WritableTransport>) -> Self {
-        Self {
+    /// Makes a disk of the image behind `transport`; reads its samples.
+    ///
+    /// # Errors
+    /// The errno of the server.
+    pub(super) fn new(
+        address: RemoteAddress,
+        transport: Arc<dyn WritableTransport>,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            samples: WatchedSamples::read(&*transport)?,
             address,
             transport,
             extents: Mutex::default(),
             changes: AtomicU64::new(0),
             whole_blocks: RwLock::new(()),
             is_latched: AtomicBool::new(false),
-        }
+        })
+    }
+
+    /// Returns the check that a new connection shows the same image.
+    pub(super) fn identity_check(&self) -> IdentityCheck {
+        self.samples.check()
     }
 
     /// Returns the address.
@@ -126,6 +141,21 @@ impl RemoteDisk {
         parts.into_iter().map(Answer::wait).fold(Ok(()), io::Result::and)
     }
 
+    /// Asks the server for the extents from byte `at` on, of which nothing is known, and waits.
+    fn ask_extents(&self, at: u64) -> io::Result<Vec<Extent>> {
+        let questions = {
+            let (cache, walk) = &mut *self.extents.lock();
+            walk.questions(at, self.size(), cache)
+        };
+        let ask = |question| answer_of(|done| self.transport.extents(question, done));
+        let answers: Vec<_> = questions.into_iter().map(ask).collect();
+        let mut found = Vec::new();
+        for answer in answers {
+            found.extend(answer.wait()?);
+        }
+        Ok(found)
+    }
+
     fn zero_range(&self, range: Range<u64>, punch: bool) -> io::Result<()> {
         let alignment = self.alignment();
         let start = range.start.next_multiple_of(alignment).min(range.end);
@@ -158,18 +188,35 @@ impl RemoteDisk {
         Ok(())
     }
 
-    /// Runs `change` on a disk that is not latched, where the caller may wait.
-    fn change(&self, wait: Wait, change: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    /// Whether [`maintain`](Self::maintain) has work to do.
+    pub(super) fn needs_maintenance(&self) -> bool {
+        self.samples.are_refreshable() && self.transport.outage().is_none()
+    }
+
+    /// Begins to read the samples that were changed and are durable by now.
+    pub(super) fn maintain(&self) {
+        self.samples.refresh(&*self.transport);
+    }
+
+    /// Runs `change` of `range` on a disk that is not latched, where the caller may wait.
+    fn change(
+        &self,
+        wait: Wait,
+        range: Range<u64>,
+        change: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
         if self.is_latched.load(Ordering::Acquire) {
             return Err(os_error(libc::EIO));
         }
         if wait == Wait::No {
             return Err(os_error(libc::EAGAIN));
         }
+        let noted = self.samples.begin_change(range);
         let changed = change();
+        drop(noted);
         // An answer to a question that was asked meanwhile may be of before the change.
         self.changes.fetch_add(1, Ordering::SeqCst);
-        *self.extents.lock() = ExtentCache::default();
+        *self.extents.lock() = Default::default();
         changed
     }
 }
@@ -187,15 +234,14 @@ impl Layer for RemoteDisk {
         if !self.transport.knows_extents() {
             return Ok(Extent::new(range, ExtentKind::Data));
         }
-        if let Some(known) = self.extents.lock().get(&range) {
+        if let Some(known) = self.extents.lock().0.get(&range) {
             return Ok(known);
         }
         if wait == Wait::No {
             return Err(os_error(libc::EAGAIN));
         }
         let before = self.changes.load(Ordering::SeqCst);
-        let stretch = range.start..range.start.saturating_add(EXTENTS_STRETCH).min(self.size());
-        let found = match answer_of(|done| self.transport.extents(stretch, done)).wait() {
+        let found = match self.ask_extents(range.start) {
             Ok(found) => found,
             Err(error) if matches!(error.raw_os_error(), Some(libc::ETIMEDOUT | libc::ESTALE)) => {
                 return Err(error);
@@ -205,7 +251,7 @@ impl Layer for RemoteDisk {
         };
         let mut extents = self.extents.lock();
         if self.changes.load(Ordering::SeqCst) == before {
-            extents.insert(&found);
+            extents.0.insert(&found);
         }
         let first = found.first().and_then(|first| first.clip(&range));
         Ok(first.unwrap_or_else(|| Extent::new(range, ExtentKind::Data)))
@@ -243,15 +289,16 @@ impl WritableLayer for RemoteDisk {
         _below: &dyn ReadBelow,
         wait: Wait,
     ) -> io::Result<()> {
-        self.change(wait, || self.write(buf, offset))
+        let range = offset..offset.saturating_add(buf.len() as u64);
+        self.change(wait, range, || self.write(buf, offset))
     }
 
     fn zero(&self, range: Range<u64>, _below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
-        self.change(wait, || self.zero_range(range, false))
+        self.change(wait, range.clone(), || self.zero_range(range, false))
     }
 
     fn punch_hole(&self, range: Range<u64>, _below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
-        self.change(wait, || self.zero_range(range, true))
+        self.change(wait, range.clone(), || self.zero_range(range, true))
     }
 
     /// Reserves nothing: the protocol cannot.
@@ -268,9 +315,11 @@ impl WritableLayer for RemoteDisk {
         if self.is_latched.load(Ordering::Acquire) {
             return Err(os_error(libc::EIO));
         }
+        let number = self.samples.begin_flush();
         let flushed = answer_of(|done| self.transport.flush(done)).wait();
-        if flushed.is_err() {
-            self.is_latched.store(true, Ordering::Release);
+        match &flushed {
+            Ok(()) => self.samples.end_flush(number),
+            Err(_) => self.is_latched.store(true, Ordering::Release),
         }
         flushed
     }

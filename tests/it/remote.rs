@@ -222,6 +222,53 @@ fn another_image_after_an_outage_is_noticed() {
 }
 
 #[test]
+fn another_image_after_an_outage_is_not_written_to() {
+    let lab = Lab::new();
+    for (name, seed) in [("base.img", 98), ("other.img", 99)] {
+        put(&lab.path(name), &noise(8 * MIB, seed));
+    }
+    let server = Server::qemu(&lab, "base.img", "");
+    lab.mount(&format!("vm={},mode=rw", address(&lab)));
+    let file = lab.open("m/vm");
+    file.write_all_at(&[7; 4096], 0).unwrap();
+    file.sync_all().unwrap();
+    server.kill();
+    // The same image, with what was written to it, is no other.
+    let server = Server::qemu(&lab, "base.img", "");
+    file.write_all_at(&[8; 4096], 4096).unwrap();
+    file.sync_all().unwrap();
+    server.kill();
+    let _server = Server::qemu(&lab, "other.img", "");
+    assert_eq!(errno_of(file.write_all_at(&[9; 4096], 6 * MIB)), libc::ESTALE);
+    assert!(file.sync_all().is_err());
+    assert!(fs::read(lab.path("other.img")).unwrap() == noise(8 * MIB, 99));
+    assert_eq!(read(&lab.open_ro("base.img"), 0, 8192), [[7; 4096], [8; 4096]].concat());
+    let log = lab.log();
+    assert_eq!(log.matches("the image is another one by now").count(), 1, "{log}");
+    drop(file);
+    let line = lab.refused(1, "umount m");
+    assert!(line.contains("vm: could not be made durable"), "{line}");
+}
+
+#[test]
+fn a_large_export_is_mounted_in_few_round_trips() {
+    let lab = Lab::new();
+    lab.sh("truncate -s 256G base.img; printf x | dd of=base.img seek=200000000000 oflag=seek_bytes conv=notrunc status=none");
+    // 50 ms for each question about extents: one after the other, the 512 would take 26 s.
+    let _server = Server::nbdkit(&lab, "base.img", "--filter=delay", "delay-extents=50ms");
+    let begun = Instant::now();
+    for mode in ["ro", "cow"] {
+        lab.mount(&format!("vm={},mode={mode}", address(&lab)));
+        let file = lab.open_ro("m/vm");
+        let data = seek(&file, rustix::fs::SeekFrom::Data(0)).unwrap();
+        assert!((199_000_000_000..=200_000_000_000).contains(&data), "{data}");
+        drop(file);
+        lab.umount();
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+#[test]
 fn many_reads_wait_at_a_time() {
     let mut lab = Lab::new();
     lab.base("base.img", 64 * MIB);
