@@ -75,19 +75,10 @@ struct EntryHeader {
 /// The changes of one sync.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct JournalEntry {
-    /// The sequence of the first record.
-    first: u64,
     /// The log's records, in order.
     records: Vec<LogRecord>,
     /// The contents of blocks, each `block_size` bytes.
     blocks: Vec<(BlockIndex, Vec<u8>)>,
-}
-
-impl JournalEntry {
-    /// Returns the sequence after the last record.
-    fn end(&self) -> u64 {
-        self.first + self.records.len() as u64
-    }
 }
 
 /// The combined contents of the good entries of a journal.
@@ -114,11 +105,10 @@ pub fn read(
     let mut found = JournalContents { end: generation + 1, ..JournalContents::default() };
     let mut number = 0;
     let mut at = 0;
-    while let Some((entry, len)) = read_entry(file, uuid, block_size, (generation, number), at)? {
-        if entry.first != found.end {
-            break;
-        }
-        found.end = entry.end();
+    loop {
+        let next = Place { generation, number, first: found.end };
+        let Some((entry, len)) = read_entry(file, uuid, block_size, next, at)? else { break };
+        found.end += entry.records.len() as u64;
         found.records.extend(entry.records);
         found.blocks.extend(entry.blocks);
         number += 1;
@@ -127,11 +117,19 @@ pub fn read(
     Ok(found)
 }
 
+/// What places an entry after those before it.
+struct Place {
+    generation: u64,
+    number: u32,
+    /// The sequence of its first record.
+    first: u64,
+}
+
 fn read_entry(
     file: &dyn Storage,
     uuid: &Uuid,
     block_size: u32,
-    (generation, number): (u64, u32),
+    next: Place,
     at: u64,
 ) -> io::Result<Option<(JournalEntry, u64)>> {
     if at + HEADER_LEN as u64 > JOURNAL_LEN {
@@ -142,7 +140,9 @@ fn read_entry(
     let Ok(header) = EntryHeader::read_from_bytes(&head) else { return Ok(None) };
     let (records, blocks) = (header.record_count.get() as usize, header.block_count.get() as usize);
     let fits = records <= MAX_ENTRY_RECORDS && blocks <= MAX_ENTRY_BLOCKS;
-    let is_next = header.generation == generation && header.number == number;
+    let is_next = header.generation == next.generation
+        && header.number == next.number
+        && header.first == next.first;
     if header.magic != MAGIC || header.block_size != block_size || !fits || !is_next {
         return Ok(None);
     }
@@ -155,9 +155,8 @@ fn read_entry(
     if header.checksum != checksum(uuid, &head[4..], &bytes) {
         return Ok(None);
     }
-    let first = header.first.get();
     let mut decoded = Vec::new();
-    for (sequence, record) in (first..).zip(&header.records[..records]) {
+    for (sequence, record) in (next.first..).zip(&header.records[..records]) {
         match LogRecord::decode(record, uuid) {
             DecodedRecord::Good(found, record) if found == sequence => decoded.push(record),
             _ => return Ok(None),
@@ -165,7 +164,7 @@ fn read_entry(
     }
     let indexes = header.indexes[..blocks].iter().map(|index| BlockIndex(index.get()));
     let pieces = bytes.chunks(block_size as usize).map(<[u8]>::to_vec);
-    let entry = JournalEntry { first, records: decoded, blocks: indexes.zip(pieces).collect() };
+    let entry = JournalEntry { records: decoded, blocks: indexes.zip(pieces).collect() };
     Ok(Some((entry, HEADER_LEN as u64 + len)))
 }
 
@@ -459,6 +458,29 @@ mod tests {
             log_dir.0.write_at(&[IoSlice::new(&byte)], at).unwrap();
         }
         assert_eq!(found(&log_dir, 1).len(), 3);
+    }
+
+    #[test]
+    fn an_entry_whose_first_record_is_not_the_next_does_not_count() {
+        let record = LogRecord::Done.encode(&ID, u64::MAX);
+        for (first, counts) in [(8, true), (7, false), (9, false), (u64::MAX, false)] {
+            let log_dir = journal_dir();
+            let entry = NewEntry {
+                uuid: &ID,
+                block_size: BLOCK,
+                generation: 7,
+                records: if counts { &[] } else { &[record] },
+                blocks: &[],
+                bytes: &[],
+            };
+            let mut header = EntryHeader::new(&entry, 0, first);
+            header.checksum = checksum(&ID, &header.as_bytes()[4..], &[]).into();
+            log_dir.0.write_at(&[IoSlice::new(header.as_bytes())], 0).unwrap();
+            let next = Place { generation: 7, number: 0, first: 8 };
+            let entry = read_entry(&*log_dir.0, &ID, BLOCK, next, 0).unwrap();
+            assert_eq!(entry.is_some(), counts, "{first}");
+            assert_eq!(found(&log_dir, 7), []);
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub const RECORD_LEN: usize = 32;
 const MAX_BLOCKS: u64 = MAX_DISK_SIZE.div_ceil(512);
 /// The highest sequence accepted: at a million records a second it is reached after 146,000 years,
 /// and sums of a few sequences never overflow.
-const MAX_SEQUENCE: u64 = 1 << 62;
+pub(super) const MAX_SEQUENCE: u64 = 1 << 62;
 
 /// Identifies one boot of the host and one instance of the file system under an overlay
 /// ([`boot_tag::current`](super::boot_tag::current)). While the tag stays the same, written data is still in the page cache or on the disk; a different tag is
@@ -107,8 +107,8 @@ pub enum DecodedRecord {
     Blank,
     /// Anything else: the checksum does not match.
     Bad,
-    /// The checksum matches, but this version does not know the meaning: an unknown kind, or
-    /// numbers that no disk has.
+    /// The checksum matches, but this version does not know the meaning: an unknown kind, numbers
+    /// that no disk has, or a sequence that the record names and that comes after its own.
     Unknown(u8),
 }
 
@@ -155,7 +155,7 @@ impl LogRecord {
         if crc != checksum(uuid, bytes) {
             return DecodedRecord::Bad;
         }
-        let (kind, detail, a, b) = (bytes[4], bytes[5], word(16), word(24));
+        let (kind, detail, sequence, a, b) = (bytes[4], bytes[5], word(8), word(16), word(24));
         let record = match kind {
             1 => Self::Open { tag: BootTag([a, b]) },
             2 => match BlockState::try_from(detail) {
@@ -169,15 +169,16 @@ impl LogRecord {
                 mtime: a.cast_signed(),
                 origin: if detail == 1 { MtimeOrigin::SetByUser } else { MtimeOrigin::Written },
             },
-            5 if a.max(b) <= MAX_SEQUENCE => Self::Vouch { upto: a, durable: b },
-            6 if a.max(b) <= MAX_SEQUENCE => Self::Poisoned { durable: a, vouched: b },
+            // A record speaks of itself at the most: what it says of later ones cannot be known.
+            5 if a.max(b) <= sequence => Self::Vouch { upto: a, durable: b },
+            6 if a.max(b) <= sequence => Self::Poisoned { durable: a, vouched: b },
             7 => Self::Close,
             8 => Self::Intent,
             9 => Self::Done,
             _ => return DecodedRecord::Unknown(kind),
         };
-        match word(8) {
-            sequence @ 0..=MAX_SEQUENCE => DecodedRecord::Good(sequence, record),
+        match sequence {
+            0..=MAX_SEQUENCE => DecodedRecord::Good(sequence, record),
             _ => DecodedRecord::Unknown(kind),
         }
     }
@@ -258,7 +259,8 @@ mod tests {
         prop_oneof![Just(BlockState::Lower), Just(BlockState::Data), Just(BlockState::Zero)]
     }
 
-    fn any_record() -> impl Strategy<Value = LogRecord> {
+    /// A record that can have the sequence `own`.
+    fn any_record(own: u64) -> impl Strategy<Value = LogRecord> {
         prop_oneof![
             any::<[u64; 2]>().prop_map(|tag| LogRecord::Open { tag: BootTag(tag) }),
             (0u64..1 << 40, 1u64..1 << 20, any_state()).prop_map(|(start, len, state)| {
@@ -270,9 +272,8 @@ mod tests {
                 mtime,
                 origin: if chosen { MtimeOrigin::SetByUser } else { MtimeOrigin::Written },
             }),
-            (0..=MAX_SEQUENCE, 0..=MAX_SEQUENCE)
-                .prop_map(|(upto, durable)| LogRecord::Vouch { upto, durable }),
-            (0..=MAX_SEQUENCE, 0..=MAX_SEQUENCE)
+            (0..=own, 0..=own).prop_map(|(upto, durable)| LogRecord::Vouch { upto, durable }),
+            (0..=own, 0..=own)
                 .prop_map(|(durable, vouched)| LogRecord::Poisoned { durable, vouched }),
             Just(LogRecord::Close),
             Just(LogRecord::Intent),
@@ -283,14 +284,15 @@ mod tests {
     proptest! {
         #[test]
         fn a_record_survives_encoding_and_decoding(
-            record in any_record(), sequence in 0..=MAX_SEQUENCE, uuid in any::<u128>().prop_map(Uuid::from_u128)
+            (record, sequence) in (0..=MAX_SEQUENCE).prop_flat_map(|own| (any_record(own), Just(own))),
+            uuid in any::<u128>().prop_map(Uuid::from_u128),
         ) {
             let bytes = record.encode(&uuid, sequence);
             prop_assert_eq!(LogRecord::decode(&bytes, &uuid), DecodedRecord::Good(sequence, record));
         }
 
         #[test]
-        fn a_flipped_bit_is_detected(record in any_record(), bit in 0usize..256, uuid: u128) {
+        fn a_flipped_bit_is_detected(record in any_record(7), bit in 0usize..256, uuid: u128) {
             let uuid = Uuid::from_u128(uuid);
             let mut bytes = record.encode(&uuid, 7);
             bytes[bit / 8] ^= 1 << (bit % 8);
@@ -337,16 +339,21 @@ mod tests {
             LogRecord::Set { range, state },
             LogRecord::Size { size: MAX_DISK_SIZE + 1, lower_limit: 0 },
             LogRecord::Size { size: 0, lower_limit: MAX_DISK_SIZE + 1 },
+            // Sequences that come after the record's own, which is 1.
+            LogRecord::Vouch { upto: 2, durable: 0 },
             LogRecord::Vouch { upto: u64::MAX, durable: 0 },
-            LogRecord::Vouch { upto: 0, durable: MAX_SEQUENCE + 1 },
-            LogRecord::Poisoned { durable: u64::MAX, vouched: 0 },
+            LogRecord::Vouch { upto: 0, durable: 2 },
+            LogRecord::Poisoned { durable: 2, vouched: 0 },
+            LogRecord::Poisoned { durable: 0, vouched: u64::MAX },
         ];
         for record in records {
             let found = LogRecord::decode(&record.encode(&uuid, 1), &uuid);
             assert!(matches!(found, DecodedRecord::Unknown(_)), "{record:?}: {found:?}");
         }
-        let last = LogRecord::Close.encode(&uuid, u64::MAX);
-        assert_eq!(LogRecord::decode(&last, &uuid), DecodedRecord::Unknown(7));
+        for sequence in [MAX_SEQUENCE + 1, u64::MAX] {
+            let last = LogRecord::Vouch { upto: 1, durable: 1 }.encode(&uuid, sequence);
+            assert_eq!(LogRecord::decode(&last, &uuid), DecodedRecord::Unknown(5));
+        }
     }
 
     #[test]

@@ -19,11 +19,19 @@ use super::data_check;
 use super::error::LogError;
 use super::host_file::Create;
 use super::journal::{self, JournalContents};
-use super::record::{BootTag, LayerMap};
+use super::record::{BootTag, LayerMap, MAX_SEQUENCE};
 use super::record_log::{self, Log, LogDir, LogEnd, LogScan};
 use super::state::{BlockIndex, BlockState};
 use super::storage::Storage;
 use crate::host;
+
+/// The highest sequence after which a log is continued, half of what is accepted: a daemon that
+/// begins here does not reach the other half in 73,000 years, so no log that was opened once is
+/// refused later for a sequence past the limit. No log gets here that was not forged.
+const MAX_CONTINUED: u64 = MAX_SEQUENCE / 2;
+/// The first sequence of a log that is not continued. Lower than [`MAX_CONTINUED`], and far beyond the
+/// generations of a journal that was not forged: none of its old entries belongs to the new log.
+const RENUMBERED: u64 = MAX_SEQUENCE / 4;
 
 /// The condition in which an overlay was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,7 +125,8 @@ pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError>
         }
         LogEnd::Gap | LogEnd::Torn | LogEnd::Whole => {}
     }
-    let Some(vouched) = scan.vouched else {
+    let births = scan.vouched.zip(scan.born);
+    let Some((vouched, born)) = births.filter(|(vouched, born)| vouched >= born) else {
         return damaged(&scan, "no record vouches for the layer's beginning");
     };
     let upto = |sequence: u64| (sequence + 1).saturating_sub(scan.first).min(scan.good);
@@ -138,6 +147,8 @@ pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError>
         Some(durable) if durable > scan.last_sequence() => {
             damaged(&scan, "it was durable once and is gone")
         }
+        // What the file was born with is durable even if a reduction has overtaken the record.
+        Some(durable) if durable < born => less(born, born),
         Some(durable) => less(durable, generation.unwrap_or(durable)),
         None if scan.closed => all(Recovered::Clean),
         None if is_synced && scan.end == LogEnd::Torn => all(Recovered::Damaged),
@@ -194,13 +205,15 @@ pub fn open_log(files: &LayerFiles, tag: BootTag) -> Result<(LayerMap, Log, Reco
     }
     let log_dir = Arc::clone(&files.log_dir);
     let (uuid, block_size) = (files.uuid, u64::from(files.block_size));
+    let highest = trusted.scan.highest.max(trusted.journal.end);
     let is_kept = trusted.recovered == Recovered::Clean
+        && highest <= MAX_CONTINUED
         && !record_log::is_worth_rewriting(&trusted.scan, &map);
     let log = if is_kept {
         Log::reopen(log_dir, uuid, block_size, Arc::clone(&files.log), &trusted.scan, tag)?
     } else {
         replay_journal(files, &trusted, &map)?;
-        let first = trusted.scan.highest.max(trusted.journal.end) + 1;
+        let first = if highest <= MAX_CONTINUED { highest + 1 } else { RENUMBERED };
         let log = Log::create(log_dir, uuid, block_size, &map, tag, first)?;
         journal::clear(&*files.log_dir);
         log
@@ -265,18 +278,34 @@ impl Overlay {
 mod tests {
     use std::collections::BTreeMap;
 
+    use parking_lot::Mutex;
+    use proptest::prelude::*;
+
     use super::super::host_file::HostFile;
+    use super::super::record::LogRecord;
     use super::super::record_log::ReplacedLog;
     use super::*;
 
-    struct Nowhere;
+    const LAYER: Uuid = Uuid::from_u128(1);
+    const TAG: BootTag = BootTag([1; 2]);
 
-    impl LogDir for Nowhere {
+    fn temp() -> Arc<HostFile> {
+        Arc::new(HostFile::single(tempfile::tempfile().unwrap()))
+    }
+
+    /// A directory without a journal, which keeps the log that replaces another.
+    #[derive(Default)]
+    struct NewLog(Mutex<Option<Arc<HostFile>>>);
+
+    impl LogDir for NewLog {
         fn replace_log(
             &self,
-            _: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
+            fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
         ) -> io::Result<ReplacedLog> {
-            Err(host::os_error(libc::ENOSYS))
+            let file = temp();
+            fill(&*file)?;
+            *self.0.lock() = Some(Arc::clone(&file));
+            Ok(ReplacedLog { file, dir_synced: Ok(()) })
         }
 
         fn journal(&self, _: Create) -> io::Result<Option<Arc<dyn Storage>>> {
@@ -284,12 +313,156 @@ mod tests {
         }
     }
 
+    /// A layer with blocks of 4 KiB whose log holds `records`, each with its sequence; `None` is
+    /// blank.
+    fn layer(records: &[(u64, Option<LogRecord>)]) -> (LayerFiles, Arc<NewLog>) {
+        let encoded = |(sequence, record): &(u64, Option<LogRecord>)| {
+            record.as_ref().map_or([0; 32], |record| record.encode(&LAYER, *sequence))
+        };
+        let log = temp();
+        log.write_at(&[IoSlice::new(&records.iter().flat_map(encoded).collect::<Vec<_>>())], 0)
+            .unwrap();
+        let log_dir = Arc::new(NewLog::default());
+        (with_log(log, Arc::clone(&log_dir)), log_dir)
+    }
+
+    fn with_log(log: Arc<HostFile>, log_dir: Arc<NewLog>) -> LayerFiles {
+        LayerFiles { data: temp(), log, log_dir, uuid: LAYER, block_size: 4096 }
+    }
+
+    /// Numbers `records` from `first` on.
+    fn numbered(first: u64, records: Vec<LogRecord>) -> Vec<(u64, Option<LogRecord>)> {
+        (first..).zip(records.into_iter().map(Some)).collect()
+    }
+
+    fn open(tag: BootTag) -> LogRecord {
+        LogRecord::Open { tag }
+    }
+
+    fn size(size: u64) -> LogRecord {
+        LogRecord::Size { size, lower_limit: 0 }
+    }
+
+    /// Opens a layer for writing, checks that its log can be read again, and returns its size in
+    /// bytes.
+    fn opened_twice(files: &LayerFiles, log_dir: &NewLog, tag: BootTag) -> Result<u64, LogError> {
+        let (map, log, _) = open_log(files, tag)?;
+        log.append(&[LogRecord::Close], record_log::ReserveUse::Full).unwrap();
+        drop(log);
+        let new = log_dir.0.lock().take();
+        let rewritten = new.map(|log| with_log(log, Arc::default()));
+        let again = rewritten.as_ref().unwrap_or(files);
+        let trusted = examine(again, tag).unwrap();
+        assert_eq!(trusted.recovered, Recovered::Clean);
+        let loaded = load_map(again, &trusted).unwrap();
+        assert!(map.records().eq(loaded.records()));
+        Ok(map.size)
+    }
+
+    #[test]
+    fn a_log_with_the_last_sequences_is_numbered_anew() {
+        for tag in [TAG, BootTag([2; 2])] {
+            for closed in [false, true] {
+                for last in [MAX_CONTINUED, MAX_CONTINUED + 1, MAX_SEQUENCE - 1, MAX_SEQUENCE] {
+                    let first = last - 2 - u64::from(closed);
+                    let vouch = LogRecord::Vouch { upto: first + 2, durable: 0 };
+                    let mut records = vec![open(TAG), size(4096), vouch];
+                    records.extend(closed.then_some(LogRecord::Close));
+                    let (files, log_dir) = layer(&numbered(first, records));
+                    assert_eq!(opened_twice(&files, &log_dir, tag).unwrap(), 4096, "{last}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_sequence_past_the_gap_that_does_not_belong_there_is_damage() {
+        let vouch = LogRecord::Vouch { upto: 3, durable: 0 };
+        let poisoned = LogRecord::Poisoned { durable: 0, vouched: 0 };
+        let mut records = numbered(1, vec![open(TAG), size(4096), vouch]);
+        records.extend([(0, None), (MAX_SEQUENCE, Some(poisoned))]);
+        let (files, _) = layer(&records);
+        let error = open_log(&files, BootTag([2; 2])).err();
+        assert!(matches!(error, Some(LogError::Damaged { record: 3, .. })), "{error:?}");
+    }
+
+    #[test]
+    fn a_vouch_for_less_than_the_layers_beginning_is_damage() {
+        let vouch = |upto| LogRecord::Vouch { upto, durable: upto };
+        let found = |later| {
+            let records = vec![open(TAG), size(4096), vouch(12), size(8192), vouch(later)];
+            let (files, log_dir) = layer(&numbered(10, records));
+            opened_twice(&files, &log_dir, BootTag([2; 2]))
+        };
+        assert_eq!(found(13).unwrap(), 8192);
+        assert_eq!(found(12).unwrap(), 4096);
+        for upto in [0, 9, 11] {
+            assert!(matches!(found(upto), Err(LogError::Damaged { .. })), "{upto}");
+        }
+    }
+
+    #[test]
+    fn a_poisoned_record_that_a_reduction_has_overtaken_leaves_the_layers_beginning() {
+        let poisoned = LogRecord::Poisoned { durable: 5, vouched: 4 };
+        let vouch = LogRecord::Vouch { upto: 12, durable: 12 };
+        let records = vec![open(TAG), size(4096), vouch, size(8192), poisoned];
+        let (files, log_dir) = layer(&numbered(10, records));
+        assert_eq!(opened_twice(&files, &log_dir, TAG).unwrap(), 4096);
+    }
+
+    /// A record that names sequences from `first` on, of its own or of others.
+    fn any_record(first: u64) -> impl Strategy<Value = LogRecord> {
+        let sequence = || prop_oneof![9 => first..first + 20, 1 => 0..=MAX_SEQUENCE];
+        prop_oneof![
+            (0..3u64).prop_map(|tag| open(BootTag([tag; 2]))),
+            (0..1u64 << 20).prop_map(size),
+            (sequence(), sequence()).prop_map(|(upto, durable)| LogRecord::Vouch { upto, durable }),
+            (sequence(), sequence())
+                .prop_map(|(durable, vouched)| LogRecord::Poisoned { durable, vouched }),
+            Just(LogRecord::Close),
+            Just(LogRecord::Intent),
+        ]
+    }
+
+    /// The first sequence of a log, and what follows its beginning: records, each with what is odd
+    /// about it.
+    fn any_log() -> impl Strategy<Value = (u64, Vec<(LogRecord, u32)>)> {
+        let first = prop_oneof![
+            0..20u64,
+            MAX_CONTINUED - 20..MAX_CONTINUED + 20,
+            MAX_SEQUENCE - 20..=MAX_SEQUENCE,
+        ];
+        first.prop_flat_map(|first| {
+            (Just(first), proptest::collection::vec((any_record(first), 0..12u32), 0..16))
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_forged_log_is_refused_or_can_be_read_after_it_was_opened(
+            (first, records) in any_log(),
+            odd in prop_oneof![0..40u64, MAX_SEQUENCE - 40..=MAX_SEQUENCE],
+            tag in 0..3u64,
+        ) {
+            let born = LogRecord::Vouch { upto: first + 1, durable: 0 };
+            let mut log = numbered(first, vec![open(TAG), born]);
+            for (record, choice) in records {
+                let next = first + log.len() as u64;
+                log.push(match choice {
+                    0 => (next, None),
+                    1 => (odd, Some(record)),
+                    _ => (next, Some(record)),
+                });
+            }
+            let (files, log_dir) = layer(&log);
+            let _ = opened_twice(&files, &log_dir, BootTag([tag; 2]));
+        }
+    }
+
     #[test]
     fn a_journal_block_past_the_largest_offset_is_not_written() {
-        let file = || Arc::new(HostFile::single(tempfile::tempfile().unwrap()));
-        let (data, log, log_dir) = (file(), file(), Arc::new(Nowhere));
-        let uuid = Uuid::from_u128(1);
-        let files = LayerFiles { data, log, log_dir, uuid, block_size: 2 << 20 };
+        let log_dir = Arc::new(NewLog::default());
+        let files = LayerFiles { block_size: 2 << 20, ..with_log(temp(), log_dir) };
         let last = BlockIndex((1 << 54) - 1);
         let mut map = LayerMap::new(0, 0);
         map.blocks.set(last..BlockIndex(last.0 + 1), BlockState::Data);
@@ -298,6 +471,7 @@ mod tests {
             good: 1,
             highest: 1,
             tag: None,
+            born: Some(1),
             vouched: Some(1),
             poisoned: None,
             generation: None,

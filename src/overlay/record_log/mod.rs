@@ -264,7 +264,7 @@ impl Log {
             (Arc::clone(&tail.file), first - tail.first)
         };
         let mut records = Vec::new();
-        for_each_record(&*file, from, from + count, &mut |bytes| {
+        for_each_record(&*file, from, from + count, &mut |_, bytes| {
             records.push(*bytes);
             Ok(())
         })?;
@@ -365,7 +365,7 @@ impl Log {
             writer.write_record(&LogRecord::Open { tag })?;
             map.records().try_for_each(|record| writer.write_record(&record))?;
             writer.write_record(&LogRecord::Vouch { upto: durable, durable })?;
-            for_each_record(&*file, copied.start, copied.end, &mut |bytes| {
+            for_each_record(&*file, copied.start, copied.end, &mut |_, bytes| {
                 writer.write_raw(bytes)
             })?;
             writer.flush()

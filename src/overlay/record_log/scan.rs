@@ -24,6 +24,9 @@ pub struct LogScan {
     pub highest: u64,
     /// The tag of the last good `Open`.
     pub tag: Option<BootTag>,
+    /// The sequence of the first good `Vouch`: the end of the state that the file was born with,
+    /// which was durable before the file had its name.
+    pub born: Option<u64>,
     /// The `upto` of the last good `Vouch`.
     pub vouched: Option<u64>,
     /// The `durable` of a `Poisoned` record.
@@ -83,6 +86,7 @@ impl LogScan {
                     LogRecord::Vouch { upto, .. } => {
                         self.is_settled |= self.vouched.is_some();
                         self.vouched = Some(upto);
+                        self.born.get_or_insert(sequence);
                     }
                     LogRecord::Poisoned { durable, vouched } => {
                         self.poisoned = Some(durable);
@@ -108,6 +112,7 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<LogScan> {
         good: 0,
         highest: 0,
         tag: None,
+        born: None,
         vouched: None,
         poisoned: None,
         generation: None,
@@ -116,15 +121,21 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<LogScan> {
         end: LogEnd::Whole,
         unreadable: 0,
     };
-    let mut later =
-        TrailingRecords { is_blank: true, unreadable: 0, records: 0, highest: 0, durable: 0 };
+    let mut later = TrailingRecords {
+        is_blank: true,
+        unreadable: 0,
+        records: 0,
+        highest: 0,
+        durable: 0,
+        is_misplaced: false,
+    };
     let len = file.len()?;
-    for_each_record(file, 0, len / RECORD_BYTES, &mut |bytes| {
+    for_each_record(file, 0, len / RECORD_BYTES, &mut |position, bytes| {
         let decoded = LogRecord::decode(bytes, uuid);
         if scan.end == LogEnd::Whole {
             scan.add(decoded);
         } else {
-            later.add(decoded);
+            later.add(decoded, scan.first + position);
         }
         Ok(())
     })?;
@@ -139,6 +150,7 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<LogScan> {
     scan.end = match scan.end {
         // Reserved space without records.
         LogEnd::Gap if later.is_blank => LogEnd::Whole,
+        LogEnd::Gap if later.is_misplaced => LogEnd::Damaged,
         LogEnd::Gap if later.records > 0 && later.durable > scan.last_sequence() => LogEnd::Damaged,
         LogEnd::Gap if later.records == 0 => LogEnd::Torn,
         LogEnd::Torn if later.records > 0 => LogEnd::Damaged,
@@ -158,14 +170,18 @@ struct TrailingRecords {
     highest: u64,
     /// The highest sequence that one of these records says is durable.
     durable: u64,
+    /// Whether one of these records has another sequence than its place gives it.
+    is_misplaced: bool,
 }
 
 impl TrailingRecords {
-    fn add(&mut self, decoded: DecodedRecord) {
+    /// Adds the next record, which is where the one with the sequence `expected` belongs.
+    fn add(&mut self, decoded: DecodedRecord, expected: u64) {
         self.is_blank &= decoded == DecodedRecord::Blank;
         match decoded {
             DecodedRecord::Good(sequence, record) => {
                 self.records += 1;
+                self.is_misplaced |= sequence != expected;
                 self.highest = self.highest.max(sequence);
                 if let LogRecord::Vouch { durable, .. } | LogRecord::Poisoned { durable, .. } =
                     record
@@ -190,7 +206,7 @@ pub fn replay(
     block_size: u64,
     map: &mut LayerMap,
 ) -> io::Result<()> {
-    for_each_record(file, 0, count, &mut |bytes| match LogRecord::decode(bytes, uuid) {
+    for_each_record(file, 0, count, &mut |_, bytes| match LogRecord::decode(bytes, uuid) {
         DecodedRecord::Good(_, record) => {
             map.apply(&record, block_size);
             Ok(())
@@ -206,7 +222,7 @@ pub fn replay(
 /// The errors of [`replay`].
 pub fn count_changes(file: &dyn Storage, uuid: &Uuid, range: Range<u64>) -> io::Result<u64> {
     let mut changes = 0;
-    for_each_record(file, range.start, range.end, &mut |bytes| {
+    for_each_record(file, range.start, range.end, &mut |_, bytes| {
         let decoded = LogRecord::decode(bytes, uuid);
         changes += u64::from(matches!(
             decoded,
@@ -217,13 +233,13 @@ pub fn count_changes(file: &dyn Storage, uuid: &Uuid, range: Range<u64>) -> io::
     Ok(changes)
 }
 
-/// Calls `each` with the records from `from` to `to`, counted from the first in the file. Holes may
-/// be skipped, but `each` sees at least the first megabyte of a blank stretch.
+/// Calls `each` with the records from `from` to `to`, counted from the first in the file, and with
+/// that count. Holes may be skipped, but `each` sees at least the first megabyte of a blank stretch.
 pub(super) fn for_each_record(
     file: &dyn Storage,
     from: u64,
     to: u64,
-    each: &mut dyn FnMut(&[u8; RECORD_LEN]) -> io::Result<()>,
+    each: &mut dyn FnMut(u64, &[u8; RECORD_LEN]) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut buf = Vec::new();
     let mut at = from;
@@ -232,7 +248,7 @@ pub(super) fn for_each_record(
         buf.resize(count * RECORD_LEN, 0);
         file.read_at(&mut buf, at * RECORD_BYTES, Wait::Yes)?;
         let (records, _) = buf.as_chunks::<RECORD_LEN>();
-        records.iter().try_for_each(&mut *each)?;
+        (at..).zip(records).try_for_each(|(position, bytes)| each(position, bytes))?;
         at += count as u64;
         // A log may be as long as the largest file of the host: skip its holes.
         if is_zero(&buf) {
@@ -258,10 +274,24 @@ mod tests {
         let file = tempfile::tempfile_in("/var/tmp").unwrap();
         file.write_all_at(&LogRecord::Open { tag: BootTag([1; 2]) }.encode(&uuid, 1), 0).unwrap();
         let far = 7 << 40;
-        file.write_all_at(&LogRecord::Close.encode(&uuid, 9), far).unwrap();
+        let sequence = 1 + far / RECORD_BYTES;
+        file.write_all_at(&LogRecord::Close.encode(&uuid, sequence), far).unwrap();
         file.set_len(15 << 40).unwrap();
         let found = scan(&HostFile::single(file), &uuid).unwrap();
-        assert_eq!((found.good, found.highest, found.end), (1, 9, LogEnd::Gap));
+        assert_eq!((found.good, found.highest, found.end), (1, sequence, LogEnd::Gap));
+    }
+
+    #[test]
+    fn a_record_after_a_gap_counts_only_where_its_sequence_belongs() {
+        let uuid = Uuid::from_u128(3);
+        let later = |sequence| {
+            let end = [[0; RECORD_LEN], LogRecord::Intent.encode(&uuid, sequence)].concat();
+            scanned(&[LogRecord::Intent], &end).end
+        };
+        assert_eq!(later(3), LogEnd::Gap);
+        for misplaced in [0, 1, 2, 4, 1 << 62] {
+            assert_eq!(later(misplaced), LogEnd::Damaged, "{misplaced}");
+        }
     }
 
     fn scanned(records: &[LogRecord], end: &[u8]) -> LogScan {
@@ -330,7 +360,7 @@ mod tests {
         assert_eq!(scan(&file, &uuid).unwrap().good, 99_999);
         let mut seen = 0;
         let stopped = run_cancellable(Gone, || {
-            for_each_record(&file, 0, 99_999, &mut |_| {
+            for_each_record(&file, 0, 99_999, &mut |_, _| {
                 seen += 1;
                 Ok(())
             })
