@@ -63,6 +63,7 @@ mod fs;
 pub mod host;
 pub mod identity;
 pub mod layer;
+mod log_throttle;
 mod logging;
 mod mount;
 mod name;

@@ -41,6 +41,7 @@ use self::tables::{ImageTables, TableBudget};
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::layer::{CopyFn, Layer, Wait};
+use crate::log_throttle::LogThrottle;
 
 /// An image of a chain.
 pub struct Qcow2Layer {
@@ -52,6 +53,7 @@ pub struct Qcow2Layer {
     l2_tables: L1Map,
     run_cache: RunCache,
     cluster_cache: Arc<ClusterCache>,
+    damage_log: LogThrottle,
     /// How unallocated ranges are described.
     unallocated_kind: ExtentKind,
 }
@@ -78,6 +80,7 @@ impl Qcow2Layer {
             l2_tables,
             run_cache: RunCache::new(header.size, header.cluster_size, budget.images()),
             cluster_cache: inflated,
+            damage_log: LogThrottle::default(),
             unallocated_kind: if header.backing.is_some() {
                 ExtentKind::Lower
             } else {
@@ -108,9 +111,8 @@ impl Qcow2Layer {
         // off.
         let cluster = at - at % self.cluster_size;
         if cluster >= end {
-            return Err(read_error(&io::Error::other(format!(
-                "a cluster at {cluster} is cut off"
-            ))));
+            let error = io::Error::other(format!("a cluster at {cluster} is cut off"));
+            return Err(self.read_error(&error));
         }
         let len = (run.range.end - run.range.start).min(cluster + self.cluster_size - at);
         Ok(MappedRun { range: run.range.start..run.range.start + len, mapping: RunMapping::Zero })
@@ -138,7 +140,7 @@ impl Qcow2Layer {
                     }
                     (RunMapping::Damaged, cluster_end - at)
                 }
-                found => found.map_err(|error| read_error(&error))?,
+                found => found.map_err(|error| self.read_error(&error))?,
             };
             let end = at + len.clamp(1, stretch.end - at);
             run_cache::push_merged(&mut runs, MappedRun { range: at..end, mapping });
@@ -158,17 +160,19 @@ impl Qcow2Layer {
         }
         let len = usize::try_from(self.cluster_size.min(self.size - start)).unwrap_or(usize::MAX);
         let mut bytes = vec![0; len];
-        self.tables.inflate(&mut bytes, start).map_err(|error| read_error(&error))?;
+        self.tables.inflate(&mut bytes, start).map_err(|error| self.read_error(&error))?;
         let bytes: Arc<[u8]> = bytes.into();
         self.cluster_cache.insert(key, &bytes);
         Ok(bytes)
     }
-}
 
-/// Logs an error of the library and reduces it to the errno of the image, or `EIO`.
-fn read_error(error: &io::Error) -> io::Error {
-    log::warn!("a qcow2 base cannot be read: {error}");
-    os_error(error.raw_os_error().unwrap_or(libc::EIO))
+    /// Logs an error of the library and reduces it to the errno of the image, or `EIO`.
+    fn read_error(&self, error: &io::Error) -> io::Error {
+        if self.damage_log.allow() {
+            log::warn!("a qcow2 base cannot be read: {error}");
+        }
+        os_error(error.raw_os_error().unwrap_or(libc::EIO))
+    }
 }
 
 impl Layer for Qcow2Layer {
@@ -222,7 +226,7 @@ impl Layer for Qcow2Layer {
             RunMapping::Zero => Ok(Extent::new(run.range, ExtentKind::Zero)),
             RunMapping::Damaged => {
                 let what = format!("the entry of the cluster with byte {offset} is damaged");
-                Err(read_error(&io::Error::other(what)))
+                Err(self.read_error(&io::Error::other(what)))
             }
             RunMapping::Data(at) => {
                 let found = self.data.read_at(&mut buf[..len], at, wait)?;

@@ -162,7 +162,9 @@ impl Disk {
                 // Layers were merged meanwhile, so the layers of this tree no longer exist.
                 Err(_) if self.overlay_location.tree().as_ref() != Some(&tree) => {}
                 Err(error) => {
-                    log::error!("{}: snapshot '{name}' cannot be opened: {error}", self.source);
+                    if self.history.damage_log.allow() {
+                        log::error!("{}: snapshot '{name}' cannot be opened: {error}", self.source);
+                    }
                     return Err(os_error(libc::EIO));
                 }
             }

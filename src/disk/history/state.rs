@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::diff::DiffFile;
 use crate::config::Locking;
 use crate::disk::Disk;
+use crate::log_throttle::LogThrottle;
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::stack::LayerRecord;
 use crate::overlay::{Overlay, Usage};
@@ -39,6 +40,7 @@ pub(in crate::disk) struct History {
     pub(super) layer_users: Mutex<Option<LayerUsers>>,
     /// The files of snapshots that were looked up, by their layer.
     pub(super) snapshot_files: Mutex<HashMap<Uuid, Arc<Disk>>>,
+    pub(super) damage_log: LogThrottle,
     /// The files of differences.
     pub(super) diff_files: Mutex<Vec<DiffFile>>,
     /// The sizes of an empty top above the base.
@@ -61,6 +63,7 @@ impl History {
             layer_cache: Mutex::default(),
             layer_users: Mutex::default(),
             snapshot_files: Mutex::default(),
+            damage_log: LogThrottle::default(),
             diff_files: Mutex::default(),
             reset_sizes: Mutex::new(reset_sizes),
             locking: None,

@@ -4,10 +4,10 @@
 //! caller holds the lock.
 
 use std::ops::Range;
-use std::time::{Duration, Instant};
 
 use super::read_buffer::{CHUNK_SIZE, ReadBuffer};
 use super::{InputState, MAX_HELD, ReadReply};
+use crate::log_throttle::LogThrottle;
 use crate::stream::parked::ParkPermit;
 
 /// Bytes that the source is read ahead. Less than [`MAX_HELD`], because chunks are dropped whole:
@@ -16,8 +16,6 @@ pub(super) const READ_AHEAD: u64 = MAX_HELD - 3 * CHUNK_SIZE as u64;
 /// The most bytes that a reader may skip, unless the read-window is larger: 16 MiB. A probe of the
 /// end of a large disk skips more, and must not consume the stream.
 pub(super) const SKIP_LIMIT: u64 = 16 << 20;
-/// The minimum time between two log lines about refused reads of one kind.
-const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The progress of the reader thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,20 +74,6 @@ pub(super) struct ReadyRead {
 pub(super) struct Refusal {
     /// The line to log, if one is due.
     pub(super) log_line: Option<String>,
-}
-
-/// A rate limiter for log lines.
-#[derive(Default)]
-struct LogThrottle(Option<Instant>);
-
-impl LogThrottle {
-    fn allow(&mut self) -> bool {
-        let pass = self.0.is_none_or(|last| last.elapsed() >= LOG_INTERVAL);
-        if pass {
-            self.0 = Some(Instant::now());
-        }
-        pass
-    }
 }
 
 impl InputCore {
@@ -208,7 +192,7 @@ mod tests {
         let line = core.refusal(&(900..1000)).unwrap().log_line.unwrap();
         assert!(line.contains("at 900 ") && line.contains("read-window=100 "), "{line}");
         assert_eq!(core.refusal(&(900..1000)), Some(Refusal { log_line: None }));
-        core.too_late_log = LogThrottle(Instant::now().checked_sub(LOG_INTERVAL));
+        core.too_late_log.age();
         assert!(core.refusal(&(900..1000)).unwrap().log_line.is_some());
         // A line of one kind does not suppress one of the other.
         let line = core.refusal(&(1 << 30..1 << 31)).unwrap().log_line.unwrap();
