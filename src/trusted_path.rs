@@ -27,7 +27,7 @@ use rustix::fs::{CWD, FsWord, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::confined::{self, PathHandle, invalid_input, is_own, wrong_type_error};
-use crate::trust;
+use crate::trust::{self, TrustError};
 
 /// Maximum number of links to follow; the kernel's own limit (path_resolution(7)).
 const MAX_LINKS: usize = 40;
@@ -40,6 +40,28 @@ pub fn open_dir(path: &Path) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let found = walk(path)?.file;
     Ok(File::from(rustix::fs::openat(found, ".", flags, Mode::empty())?))
+}
+
+/// Opens the directory at `path`; creates it, and those above it that are missing, for this user alone
+/// (0700), where no other user could put something else into its place.
+///
+/// # Errors
+/// [`TrustError`] of the nearest directory above that exists; the host's errno.
+pub fn open_or_create_dirs(path: &Path) -> Result<File, TrustError> {
+    match open_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        opened => return Ok(opened?),
+    }
+    let (above, name) = parent_and_name(path)?;
+    let above = open_or_create_dirs(above)?;
+    trust::check_parent(&above)?;
+    match confined::create_dir(&above, name) {
+        // Somebody else was faster. The caller judges what is inside.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            Ok(confined::open_subdir(&above, name)?)
+        }
+        created => Ok(created?),
+    }
 }
 
 /// Finds what is at `path`, without opening it.
@@ -240,6 +262,26 @@ mod tests {
             let known = std::fs::metadata(&path).map(id).map_err(errno);
             assert_eq!(walked, known, "{}", path.display());
         }
+    }
+
+    #[test]
+    fn missing_directories_are_created_where_nobody_else_can_replace_them() {
+        let (_room, own, shared) = room();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o7777;
+        for above in [&own, &shared] {
+            drop(open_or_create_dirs(&above.join("a/b/./c/")).unwrap());
+            assert_eq!(["a", "a/b", "a/b/c"].map(|name| mode(&above.join(name))), [0o700; 3]);
+            drop(open_or_create_dirs(&above.join("a/b/c")).unwrap());
+        }
+        symlink("nothing", own.join("dangling")).unwrap();
+        for name in ["dangling", "dangling/x", "file", "file/x", "a/missing/.."] {
+            let refused = open_or_create_dirs(&own.join(name));
+            assert!(matches!(refused, Err(TrustError::Io(_))), "{name}");
+        }
+        rustix::fs::chmod(&shared, Mode::from_raw_mode(0o777)).unwrap();
+        let refused = open_or_create_dirs(&shared.join("x/y"));
+        assert!(matches!(refused, Err(TrustError::Untrusted { .. })));
+        assert!(!shared.join("x").exists() && !own.join("nothing").exists());
     }
 
     #[test]

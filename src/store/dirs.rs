@@ -7,9 +7,8 @@
 
 use std::collections::HashSet;
 use std::ffi::CString;
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,8 +22,8 @@ use crate::confined::{self, entry_names, foreign_entry_error, open_subdir};
 use crate::overlay::error::OverlayError;
 use crate::overlay::persist::{STAGING_PREFIX, STORE_DIRS, remove_layer};
 use crate::overlay::stack::Stack;
-use crate::trust;
-use crate::trusted_path::open_dir;
+use crate::trust::{self, TrustError};
+use crate::trusted_path::{open_dir, open_or_create_dirs};
 
 /// Time limit for the previous user of a store to release its lock.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -66,13 +65,11 @@ impl StoreDirs {
     /// [`StoreError`].
     pub(crate) fn open_or_create(path: &Path) -> Result<Self, StoreError> {
         let io = |what| move |error| StoreError::Io { dir: path.to_owned(), what, error };
-        check_ancestor(path)?;
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(path)
-            .map_err(io("making its directories"))?;
-        let root = open_root(path)?;
+        let root = open_or_create_dirs(path).map_err(|error| match error {
+            TrustError::Io(error) => io("making its directories")(error),
+            error => StoreError::Untrusted { dir: path.to_owned(), error },
+        })?;
+        lock_root(path, &root)?;
         let has_marker = has_marker(path, &root)?;
         if !has_marker && !is_unfinished(&root).map_err(io("reading it"))? {
             // Stores from before there were markers have none.
@@ -98,7 +95,8 @@ impl StoreDirs {
     /// [`StoreError`].
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
         let io = |what| move |error| StoreError::Io { dir: path.to_owned(), what, error };
-        let root = open_root(path)?;
+        let root = open_dir(path).map_err(io("opening it"))?;
+        lock_root(path, &root)?;
         let has_marker = has_marker(path, &root)?;
         let dirs = Self::open_dirs(path, root)?;
         if has_marker || dirs.is_store_like().map_err(io("reading it"))? {
@@ -308,15 +306,14 @@ pub(crate) struct Leftovers {
     pub foreign: Vec<String>,
 }
 
-/// Opens and locks the root directory of a store, if no other user could have changed it.
-fn open_root(path: &Path) -> Result<File, StoreError> {
+/// Locks the root directory of a store, if no other user could have changed it.
+fn lock_root(path: &Path, root: &File) -> Result<(), StoreError> {
     let io = |what| move |error| StoreError::Io { dir: path.to_owned(), what, error };
-    let root = open_dir(path).map_err(io("opening it"))?;
-    trust::check(&root).map_err(|error| StoreError::Untrusted { dir: path.to_owned(), error })?;
+    trust::check(root).map_err(|error| StoreError::Untrusted { dir: path.to_owned(), error })?;
     let start = Instant::now();
     loop {
-        match rustix::fs::flock(&root, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(root),
+        match rustix::fs::flock(root, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
             // The threads of a daemon that was killed exit one after another, and each holds the
             // lock.
             Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < RELEASE_TIMEOUT => {
@@ -326,25 +323,6 @@ fn open_root(path: &Path) -> Result<File, StoreError> {
             Err(error) => return Err(io("locking it")(error.into())),
         }
     }
-}
-
-/// Refuses to create a store at `path` where another user could replace it: in the nearest directory
-/// above it that exists.
-fn check_ancestor(path: &Path) -> Result<(), StoreError> {
-    if path.symlink_metadata().is_ok() {
-        return Ok(());
-    }
-    let io = |error| StoreError::Io { dir: path.to_owned(), what: "making its directories", error };
-    for dir in path.ancestors().skip(1) {
-        match open_dir(dir) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            dir => {
-                let untrusted = |error| StoreError::Untrusted { dir: path.to_owned(), error };
-                return trust::check_parent(&dir.map_err(io)?).map_err(untrusted);
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Returns whether there is a marker; it must be of a known version.

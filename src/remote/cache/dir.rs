@@ -10,9 +10,9 @@
 //! use share what is left. Only a directory with the mark is used, and only what has the names of a cache
 //! in it is ever removed.
 
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -21,8 +21,8 @@ use rustix::fs::{AtFlags, FlockOperation, Timespec, Timestamps};
 
 use super::error::CacheError;
 use crate::confined::{self, FileAccess, entry_names, open_subdir};
-use crate::trust;
-use crate::trusted_path::open_dir;
+use crate::trust::{self, TrustError};
+use crate::trusted_path::open_or_create_dirs;
 
 /// Names of the files of an image, and of a map that is being written.
 pub(super) const DATA_FILE: &str = "data";
@@ -93,17 +93,10 @@ impl CacheDir {
     pub(super) fn open_or_create(path: &Path) -> Result<Self, CacheError> {
         let io = |error| CacheError::Dir { dir: path.to_owned(), error };
         let untrusted = |error| CacheError::Untrusted { dir: path.to_owned(), error };
-        if path.symlink_metadata().is_err() {
-            let mut above = path.ancestors().skip(1).map(|dir| match dir.as_os_str().is_empty() {
-                true => Path::new("."),
-                false => dir,
-            });
-            let nearest = above.find(|dir| dir.symlink_metadata().is_ok());
-            let nearest = open_dir(nearest.unwrap_or(Path::new("/"))).map_err(io)?;
-            trust::check_parent(&nearest).map_err(untrusted)?;
-            DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
-        }
-        let root = open_dir(path).map_err(io)?;
+        let root = open_or_create_dirs(path).map_err(|error| match error {
+            TrustError::Io(error) => io(error),
+            error => untrusted(error),
+        })?;
         trust::check(&root).map_err(untrusted)?;
         match confined::read_file(&root, MARKER_FILE, MAX_MARKER_LEN) {
             Ok(text) if text == MARKER.as_bytes() => {}
@@ -116,6 +109,10 @@ impl CacheDir {
                 }
                 let bytes = MARKER.as_bytes();
                 confined::replace_file(&root, MARKER_FILE, NEW_MARKER_FILE, bytes).map_err(io)?;
+            }
+            // Longer than a mark can be.
+            Err(error) if error.raw_os_error() == Some(libc::EFBIG) => {
+                return Err(CacheError::Version(path.to_owned()));
             }
             Err(error) => return Err(io(error)),
         }

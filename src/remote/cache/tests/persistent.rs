@@ -422,3 +422,15 @@ fn a_full_host_costs_only_the_persistence() {
     assert_eq!(read_all(&cache), SIZE);
     drop((cache, other));
 }
+
+#[test]
+fn a_directory_with_a_mark_of_another_kind_is_refused() {
+    let room = room();
+    drop(open(room.path(), CAP));
+    let mark = room.path().join("read-cache");
+    for text in ["version = 2\n".to_owned(), String::new(), "x".repeat(10_000)] {
+        fs::write(&mark, text).unwrap();
+        let refused = Cache::open(room.path(), b"image", SIZE, CAP);
+        assert!(matches!(refused, Err(CacheError::Version(_))));
+    }
+}
