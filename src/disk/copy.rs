@@ -34,14 +34,12 @@ pub(super) fn copy_between(
     }
     let old = target.size();
     let grown = offset.saturating_add(end - from.start);
-    if grown > old {
-        // The size is set first, so that the host can copy whole blocks into place.
-        target.set_size(grown, Wait::Yes)?;
-    }
+    // The size is set first, so that the host can copy whole blocks into place.
+    let grows = target.grow_to(grown)?;
     let mut done = 0;
     let copied = copy_extents(&layers, source, from.start..end, target, offset, &mut done);
-    if offset + done < grown && grown > old {
-        target.set_size(old.max(offset + done), Wait::Yes)?;
+    if grows && offset + done < grown {
+        target.shrink_back(grown, old.max(offset + done))?;
     }
     copied.map(|()| done)
 }
@@ -126,6 +124,29 @@ impl Disk {
             return Err(os_error(libc::EOPNOTSUPP));
         }
         copy_between(source, from, self, offset)
+    }
+
+    /// Grows the disk to `size` bytes, unless it is as large already. Returns whether it grew.
+    fn grow_to(&self, size: u64) -> io::Result<bool> {
+        let _gate = self.gate.exclusive(Wait::Yes)?;
+        let layers = self.layers();
+        let top = layers.writable()?;
+        if top.size() >= size {
+            return Ok(false);
+        }
+        self.check_growth(libc::EPERM)?;
+        top.set_size(size)?;
+        self.touch_times(&layers.top);
+        Ok(true)
+    }
+
+    /// Shrinks a disk that was grown to `grown` bytes to `size`, unless somebody has changed its size
+    /// since.
+    fn shrink_back(&self, grown: u64, size: u64) -> io::Result<()> {
+        let _gate = self.gate.exclusive(Wait::Yes)?;
+        let layers = self.layers();
+        let top = layers.writable()?;
+        if top.size() == grown { top.set_size(size) } else { Ok(()) }
     }
 
     /// Lets the host copy the whole blocks at the start of `from` to `offset`. Returns 0 when there

@@ -144,7 +144,7 @@ impl Disk {
     }
 
     /// Returns `refusal` when the disk's size is fixed.
-    fn check_growth(&self, refusal: i32) -> io::Result<()> {
+    pub(super) fn check_growth(&self, refusal: i32) -> io::Result<()> {
         match self.resize {
             Resize::Follow => Ok(()),
             Resize::Fixed => Err(os_error(refusal)),
