@@ -32,28 +32,46 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
 /// What was fetched, by directory and image.
 static CACHES: LazyLock<CacheRegistry> = LazyLock::new(CacheRegistry::default);
 
+/// An image that is open or being opened; locked while its server is asked.
+type OpenImage = Arc<Mutex<Weak<RemoteBase>>>;
+
 /// The images that are open.
-static OPEN: Mutex<Vec<(RemoteSpec, Weak<RemoteBase>)>> = Mutex::new(Vec::new());
+static OPEN: Mutex<Vec<(RemoteSpec, OpenImage)>> = Mutex::new(Vec::new());
 
 /// Opens the image that `spec` describes; waits for the server.
 ///
 /// # Errors
 /// [`RemoteError`], for the user.
 pub fn open(spec: &RemoteSpec) -> Result<Arc<RemoteBase>, RemoteError> {
-    // Held while the server is asked: of two disks that begin at once, the second takes the first's.
-    let mut open = OPEN.lock();
-    open.retain(|(_, base)| base.strong_count() > 0);
+    let image = image_of(spec);
+    // Of two disks that begin at once, the second waits for the image of the first.
+    let mut image = image.lock();
+    if let Some(base) = image.upgrade() {
+        return Ok(base);
+    }
+    let base = Arc::new(open_cached(spec)?);
+    *image = Arc::downgrade(&base);
+    Ok(base)
+}
+
+/// Returns the place of the image that `spec` describes. Waits for no server.
+fn image_of(spec: &RemoteSpec) -> OpenImage {
     // Who gives no keys takes the image as it is.
     let has_no_keys = *spec == RemoteSpec::new(spec.address.clone());
     let is_same =
         |other: &RemoteSpec| other == spec || (has_no_keys && other.address == spec.address);
-    let found = open.iter().find(|(other, _)| is_same(other)).and_then(|(_, base)| base.upgrade());
-    if let Some(found) = found {
-        return Ok(found);
+    let is_used = |image: &OpenImage| {
+        let is_open = |image: &Weak<RemoteBase>| image.strong_count() > 0;
+        Arc::strong_count(image) > 1 || image.try_lock().is_none_or(|image| is_open(&image))
+    };
+    let mut open = OPEN.lock();
+    open.retain(|(_, image)| is_used(image));
+    if let Some((_, image)) = open.iter().find(|(other, _)| is_same(other)) {
+        return Arc::clone(image);
     }
-    let base = Arc::new(open_cached(spec)?);
-    open.push((spec.clone(), Arc::downgrade(&base)));
-    Ok(base)
+    let image = OpenImage::default();
+    open.push((spec.clone(), Arc::clone(&image)));
+    image
 }
 
 /// Opens the image that `spec` describes for changes; waits for the server.

@@ -458,3 +458,25 @@ fn disks_of_one_image_share_what_is_fetched() {
     assert_eq!(fetched("a"), fetched("b"));
     assert!(fetched("c") < 9 * MIB);
 }
+
+#[test]
+fn a_server_that_hangs_delays_no_disk_of_another_one() {
+    let lab = Lab::new();
+    lab.file_with_holes("base.img", MIB);
+    let _server = Server::qemu(&lab, "base.img", "-r");
+    lab.mount("local=base.img,mode=ro");
+    // It takes connections, and says nothing.
+    let hanging = std::os::unix::net::UnixListener::bind(lab.path("hang.sock")).unwrap();
+    let source = format!("a=nbd+unix:///?socket={}", lab.path("hang.sock").display());
+    let mut command = lab.command(COWSLIP);
+    command.args(["add", "m", &source]).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut waits = Running(command.spawn().unwrap());
+    let (connection, _) = hanging.accept().unwrap();
+    lab.ok(&format!("add m b={},mode=ro", address(&lab)));
+    assert!(waits.0.try_wait().unwrap().is_none(), "the server was not waited for");
+    lab.sh("cmp base.img m/b");
+    drop(hanging);
+    drop(connection);
+    assert!(!waits.0.wait().unwrap().success());
+    lab.umount();
+}
