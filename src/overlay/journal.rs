@@ -118,6 +118,7 @@ pub fn read(
 }
 
 /// What places an entry after those before it.
+#[derive(Clone, Copy)]
 struct Place {
     generation: u64,
     number: u32,
