@@ -26,6 +26,7 @@ mod control_text;
 mod crash_mount;
 mod diff;
 mod direct;
+mod documents;
 mod formats;
 mod hostile;
 mod hostile_mount;
