@@ -213,6 +213,10 @@ class Peer:
         """The first of its programs that is not installed."""
         return next((name for name in cls.programs if shutil.which(name) is None), None)
 
+    def size(self) -> int:
+        """The size of the disk in bytes."""
+        return self.base.stat().st_size
+
     def launch(self, *command) -> None:
         """Starts it and waits until the disk is there."""
         with open(self.dir / "messages", "wb") as messages:
@@ -233,7 +237,7 @@ class Peer:
         if self.child.poll() is not None:
             lines = (self.dir / "messages").read_text().split("\n")
             raise Failed(f"{self.name} ended at once: {lines[0]}")
-        return self.is_up() and self.path.stat().st_size == self.base.stat().st_size
+        return self.is_up() and self.path.stat().st_size == self.size()
 
     def stop(self) -> None:
         for point in mounts_in(self.dir):

@@ -92,8 +92,8 @@ def tar_out(disk: Path, scratch: Scratch) -> float:
 
 
 @contextmanager
-def loop_device(disk: Path):
-    device = run("losetup", "-f", "--show", disk).strip()
+def loop_device(disk: Path, *options):
+    device = run("losetup", *options, "-f", "--show", disk).strip()
     try:
         yield device
     finally:
@@ -101,8 +101,8 @@ def loop_device(disk: Path):
 
 
 @contextmanager
-def mounted(device: str, point: Path):
-    run("mount", device, point)
+def mounted(device: str, point: Path, *options):
+    run("mount", *options, device, point)
     try:
         yield
     except BaseException:

@@ -55,3 +55,4 @@ mod stream_device;
 mod stream_guard;
 mod streams;
 mod views;
+mod wire;

@@ -7,6 +7,9 @@ pub mod random;
 pub(crate) mod sim;
 pub(crate) mod state;
 pub(crate) mod strace;
+#[allow(dead_code, reason = "benchmarks and the library's own tests use the rest")]
+#[path = "../../support/mod.rs"]
+pub(crate) mod support;
 
 use cowslip::overlay::record::RECORD_LEN;
 

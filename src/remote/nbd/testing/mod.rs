@@ -2,10 +2,11 @@
 //! started here ends with its value.
 
 mod fake;
-mod proxy;
+#[allow(dead_code, unused_imports, reason = "benchmarks and other tests use the rest")]
+#[path = "../../../../tests/support/mod.rs"]
+mod wire;
 
 pub(super) use fake::{FakeServer, handshake, read_request};
-pub(super) use proxy::Proxy;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -21,11 +22,17 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use self::wire::{Protocol, Proxy};
 use super::client::{Access, NbdClient, NbdOptions};
 use super::tls::TlsFiles;
 use super::uri::NbdTarget;
 use crate::extents::{Extent, ExtentKind};
 use crate::remote::transport::{Transport, WritableTransport};
+
+/// Starts a proxy before the server at the Unix socket `server`.
+pub(super) fn proxy(server: &Path) -> Proxy {
+    Proxy::unix(server, Protocol::Nbd).unwrap()
+}
 
 /// The longest wait of a test for anything.
 pub(super) const LONG: Duration = Duration::from_secs(60);

@@ -97,8 +97,8 @@ fn encrypted_connections_that_are_cut_cost_no_byte() {
     let (image, certificates) = (Image::new(), Certificates::sound());
     // Its threads would abort it when a connection ends under several of them.
     let _server = certificates.serve(&image, &["--threads=1"]);
-    let proxy = Proxy::new(&image.socket());
-    let client = open_tls(&proxy.socket, "disk.test", certificates.files()).unwrap();
+    let proxy = proxy(&image.socket());
+    let client = open_tls(&proxy.socket(), "disk.test", certificates.files()).unwrap();
     proxy.control.cut_after.store(90_000, Ordering::SeqCst);
     assert!(read_all(&client, 65_536) == image.bytes);
     assert!(proxy.control.connections.load(Ordering::SeqCst) > 2);

@@ -13,8 +13,8 @@ fn connections_cut_in_the_middle_of_replies_cost_no_byte() {
     let _server = image.qemu_nbd(&["--persistent", "-r", "--shared=0"]);
     // The last ones are too short for one whole read.
     for cut_after in [131_072 + 77, 70_001, 20_011, 2_999] {
-        let proxy = Proxy::new(&image.socket());
-        let client = open(&proxy.socket, "vm", options());
+        let proxy = proxy(&image.socket());
+        let client = open(&proxy.socket(), "vm", options());
         proxy.control.cut_after.store(cut_after, Ordering::SeqCst);
         assert!(read_all(&client, 65_536) == image.bytes, "cut after {cut_after} bytes");
         assert!(proxy.control.connections.load(Ordering::SeqCst) > 2);
@@ -58,9 +58,9 @@ fn an_outage_beyond_the_timeout_fails_requests_and_heals() {
 fn a_silent_connection_is_left_before_requests_fail() {
     let image = Image::new();
     let _server = image.qemu_nbd(&["--persistent", "-r", "--shared=0"]);
-    let proxy = Proxy::new(&image.socket());
+    let proxy = proxy(&image.socket());
     let io_timeout = Duration::from_secs(4);
-    let client = open(&proxy.socket, "vm", NbdOptions { io_timeout, ..options() });
+    let client = open(&proxy.socket(), "vm", NbdOptions { io_timeout, ..options() });
     proxy.control.stalled_below.store(1, Ordering::SeqCst);
     assert_eq!(read(&client, 0..4096).wait().unwrap(), image.slice(0..4096));
     assert_eq!(proxy.control.connections.load(Ordering::SeqCst), 2);
@@ -70,9 +70,9 @@ fn a_silent_connection_is_left_before_requests_fail() {
 fn a_stall_of_the_whole_server_fails_requests_in_time_and_heals() {
     let image = Image::new();
     let _server = image.qemu_nbd(&["--persistent", "-r", "--shared=0"]);
-    let proxy = Proxy::new(&image.socket());
+    let proxy = proxy(&image.socket());
     let io_timeout = Duration::from_millis(500);
-    let client = open(&proxy.socket, "vm", NbdOptions { io_timeout, ..options() });
+    let client = open(&proxy.socket(), "vm", NbdOptions { io_timeout, ..options() });
     proxy.control.stalled_below.store(usize::MAX, Ordering::SeqCst);
     let reads: Vec<_> = (0..50).map(|at| read(&client, at * 4096..at * 4096 + 4096)).collect();
     for read in reads {
