@@ -42,7 +42,8 @@ pub struct Identity {
     /// if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inode: Option<String>,
-    /// Hash of the samples: `crc32c:` and eight hexadecimal digits.
+    /// Hash of the samples: `crc32c:` and eight hexadecimal digits. For an image whose server names its
+    /// version, that: `etag:` and the strong ETag of HTTP, in its quotes.
     pub hash: String,
 }
 
@@ -78,6 +79,12 @@ impl Identity {
         })
     }
 
+    /// Returns the version by which the server names the image; `None` when it is known by its samples.
+    #[must_use]
+    pub fn version(&self) -> Option<&str> {
+        self.hash.strip_prefix("etag:")
+    }
+
     /// Describes how `now` differs from the recorded base `self`, in one line for the user; `None`
     /// when it is the same base.
     #[must_use]
@@ -93,7 +100,12 @@ impl Identity {
         }
         // Another size moves the samples, which makes their hashes incomparable.
         if self.hash != now.hash && self.size == now.size {
-            found.push("its contents differ".to_owned());
+            found.push(match (self.version(), now.version()) {
+                (Some(was), Some(is)) => format!("version {is} (was {was})"),
+                (Some(was), None) => format!("its server names no version (was {was})"),
+                (None, Some(is)) => format!("version {is} (was known by samples)"),
+                (None, None) => "its contents differ".to_owned(),
+            });
         }
         (!found.is_empty()).then(|| found.join(", "))
     }

@@ -24,7 +24,7 @@ pub(super) struct MountArgs {
     /// The directory to mount on
     #[arg(required_unless_present = "config")]
     mountpoint: Option<PathBuf>,
-    /// What to show there, each [NAME=]SOURCE[,KEY[=VALUE]]... with SOURCE a path, the address of an image on a server (nbd://HOST/EXPORT), blank:SIZE or stream:SIZE
+    /// What to show there, each [NAME=]SOURCE[,KEY[=VALUE]]... with SOURCE a path, the address of an image on a server (nbd://HOST/EXPORT, https://HOST/PATH), blank:SIZE or stream:SIZE
     #[arg(value_name = "DISK")]
     disks: Vec<OsString>,
     /// Stay in the foreground, log to stderr

@@ -132,9 +132,11 @@ impl MountCommand {
             .or(self.disks.first().map(OsString::as_os_str))
             .unwrap_or(OsStr::new("cowslip"));
         let derived = || derived.to_string_lossy().into_owned();
+        // Everybody sees it.
+        let source = config::without_queries(&self.source.unwrap_or_else(derived)).into_owned();
         Ok(MountPlan {
             mountpoint,
-            source: options.fsname.clone().or(self.source).unwrap_or_else(derived),
+            source: options.fsname.clone().unwrap_or(source),
             disks,
             store,
             allow_backing,

@@ -40,7 +40,8 @@ pub(crate) use command_line::{CommandLineError, split_command};
 pub use disk_parser::{check_cache, check_names, parse_base, parse_disk};
 pub use error::SpecError;
 pub use options::{MountOptions, parse_mount_options};
-pub use remote::{RemoteAddress, RemoteSpec};
+pub(crate) use remote::without_queries;
+pub use remote::{AuthSource, Protocol, RemoteAddress, RemoteSpec};
 pub use size::{MAX_SIZE, format_size, format_zeroed, is_block_size, parse_range, parse_size};
 pub use stream::{
     DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, Programs, SinkSpec, SourceSpec,

@@ -1,5 +1,7 @@
 //! Images on servers: the address, and the keys that say how much is fetched and kept.
 
+use std::borrow::Cow;
+use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -37,8 +39,19 @@ pub struct RemoteSpec {
     pub tls_cert: Option<PathBuf>,
     /// The key of that certificate, a file in PEM.
     pub tls_key: Option<PathBuf>,
-    /// The working directory of a command that is the server.
+    /// Where the header lines come from by which an HTTP server knows this side.
+    pub auth: Option<AuthSource>,
+    /// The working directory of a command: that of the address, or that of `auth`.
     pub dir: PathBuf,
+}
+
+/// Where header lines such as `Authorization: Bearer ...` come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AuthSource {
+    /// A file that nobody else can read.
+    File(PathBuf),
+    /// What a program prints: its name and its arguments.
+    Command(Vec<OsString>),
 }
 
 impl RemoteSpec {
@@ -55,24 +68,53 @@ impl RemoteSpec {
             tls_ca: None,
             tls_cert: None,
             tls_key: None,
+            auth: None,
             dir: PathBuf::from("/"),
         }
     }
 }
 
-/// The address of an image on a server, as the user wrote it. It holds no password.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RemoteAddress(String);
+/// The address of an image on a server. It holds no password, but may hold a signature: the query of an
+/// address behind HTTP is neither displayed nor recorded.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RemoteAddress {
+    /// What is shown: all but the query of an address behind HTTP.
+    text: String,
+    query: Option<String>,
+}
+
+/// A protocol by which an image is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// NBD in all its forms.
+    Nbd,
+    /// HTTP and HTTPS.
+    Http,
+}
 
 /// The protocols that are spoken, by the beginning of an address.
-const PREFIXES: &[&str] = &["nbd://", "nbds://", "nbd+unix://", "nbds+unix://", COMMAND_PREFIX];
+const PREFIXES: &[(&str, Protocol)] = &[
+    ("nbd://", Protocol::Nbd),
+    ("nbds://", Protocol::Nbd),
+    ("nbd+unix://", Protocol::Nbd),
+    ("nbds+unix://", Protocol::Nbd),
+    (COMMAND_PREFIX, Protocol::Nbd),
+    ("http://", Protocol::Http),
+    ("https://", Protocol::Http),
+];
 /// The beginning of an address that is a command line.
 const COMMAND_PREFIX: &str = "nbd+exec:";
+
+/// Returns the protocol of a text that begins as an address does.
+fn protocol_of(text: &str) -> Option<Protocol> {
+    let found = PREFIXES.iter().find(|(prefix, _)| text.starts_with(prefix));
+    found.map(|(_, protocol)| *protocol)
+}
 
 impl RemoteAddress {
     /// Whether `text` begins as an address does.
     pub(super) fn is_one(text: &str) -> bool {
-        PREFIXES.iter().any(|prefix| text.starts_with(prefix))
+        protocol_of(text).is_some()
     }
 
     /// Parses the beginning of an address; the module that speaks the protocol reads the rest.
@@ -81,53 +123,137 @@ impl RemoteAddress {
     /// [`SpecError`] for another protocol, and for a password: others could read it in the list of
     /// processes.
     pub fn parse(text: &str) -> Result<Self, SpecError> {
-        let refused = |why| Err(SpecError::Source { given: escaped(text), why });
-        if !Self::is_one(text) {
-            return refused("is not the address of an image: write nbd://HOST/EXPORT");
-        }
+        let shown = without_query(text);
+        let refused = |why| Err(SpecError::Source { given: escaped(shown), why });
+        let Some(protocol) = protocol_of(text) else {
+            return refused(
+                "is not the address of an image: write nbd://HOST/EXPORT or https://HOST/PATH",
+            );
+        };
         let authority = text.split_once("://").map_or("", |(_, rest)| rest);
-        let authority = authority.split(['/', '?']).next().unwrap_or_default();
+        let authority = authority.split(['/', '?', '#']).next().unwrap_or_default();
         if authority.contains('@') {
-            return Err(SpecError::Missing(
-                "a user or a password in an address can be read by everybody: leave it out",
-            ));
+            return Err(SpecError::Missing(match protocol {
+                Protocol::Nbd => {
+                    "a user or a password in an address can be read by everybody: leave it out"
+                }
+                Protocol::Http => {
+                    "a user or a password in an address can be read by everybody: leave it out, and \
+                     name a file with the line 'Authorization: ...' by auth=FILE"
+                }
+            }));
         }
         if text.chars().any(char::is_control) {
             return refused("holds a control character: leave it out, or write it as %XX");
         }
-        Ok(Self(text.to_owned()))
+        let (text, query) = match (protocol, text.split_once('?')) {
+            (Protocol::Http, Some((text, query))) => (text, Some(query.to_owned())),
+            _ => (text, None),
+        };
+        Ok(Self { text: text.to_owned(), query })
+    }
+
+    /// Returns the protocol.
+    #[must_use]
+    pub fn protocol(&self) -> Protocol {
+        protocol_of(&self.text).unwrap_or(Protocol::Nbd)
     }
 
     /// Whether the address is a command that is started as the server. No overlay or store may name
     /// one, only the user: it would be run by whoever looks at the overlay.
     #[must_use]
     pub fn is_command(&self) -> bool {
-        self.0.starts_with(COMMAND_PREFIX)
+        self.text.starts_with(COMMAND_PREFIX)
     }
 
     /// Whether the connection is encrypted.
     #[must_use]
     pub fn is_encrypted(&self) -> bool {
-        self.0.starts_with("nbds")
+        self.text.starts_with("nbds") || self.text.starts_with("https:")
     }
 
-    /// The text.
+    /// Returns the text that may be shown and recorded: without the query of an address behind HTTP.
     #[must_use]
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.text
+    }
+
+    /// Returns the query of an address behind HTTP, which may be a secret.
+    pub(crate) fn query(&self) -> Option<&str> {
+        self.query.as_deref()
+    }
+
+    /// Whether both lead to the same place, for all that may be shown of them.
+    #[must_use]
+    pub fn is_same_place(&self, other: &Self) -> bool {
+        self.text == other.text
     }
 }
 
 impl fmt::Display for RemoteAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
+}
+
+impl fmt::Debug for RemoteAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let query = if self.query.is_some() { "?..." } else { "" };
+        write!(f, "{:?}", format_args!("{}{query}", self.text))
+    }
+}
+
+/// Returns `text`, a source as the user wrote it, without the query of an address behind HTTP.
+pub(super) fn without_query(text: &str) -> &str {
+    match (protocol_of(text), text.split_once('?')) {
+        (Some(Protocol::Http), Some((shown, _))) => shown,
+        _ => text,
+    }
+}
+
+/// Returns `text`, a disk as the user wrote it, without the queries of addresses behind HTTP: they may
+/// be signatures. A query ends at the comma before the next key; a doubled comma is part of it.
+#[must_use]
+pub(crate) fn without_queries(text: &str) -> Cow<'_, str> {
+    let mut shown = String::new();
+    let mut rest = text;
+    let start_of = |rest: &str| ["http://", "https://"].iter().filter_map(|it| rest.find(it)).min();
+    while let Some(at) = start_of(rest) {
+        let (before, address) = rest.split_at(at);
+        let (address, after) = address.split_at(end_of_piece(address));
+        shown.push_str(before);
+        match address.split_once('?') {
+            Some((address, _)) => shown.extend([address, "?..."]),
+            None => shown.push_str(address),
+        }
+        rest = after;
+    }
+    if shown.is_empty() {
+        return Cow::Borrowed(text);
+    }
+    shown.push_str(rest);
+    Cow::Owned(shown)
+}
+
+/// Returns the offset of the first comma of `text` that is not doubled, or its length.
+fn end_of_piece(text: &str) -> usize {
+    let bytes = text.as_bytes();
+    let mut at = 0;
+    while let Some(byte) = bytes.get(at) {
+        match (byte, bytes.get(at + 1)) {
+            (b',', Some(b',')) => at += 2,
+            (b',', _) => return at,
+            _ => at += 1,
+        }
+    }
+    at
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
+    use super::{AuthSource, without_queries};
     use crate::config::{DiskMode, DiskSource, Format, SourcePart, parse_disk};
 
     fn parse(text: &str) -> Result<crate::config::DiskSpec, String> {
@@ -158,13 +284,53 @@ mod tests {
     }
 
     #[test]
+    fn the_query_of_an_address_behind_http_is_kept_and_not_shown() {
+        let disk = parse("vm=https://h/a,,b?sig=s3cret,,x&y,auth=cmd:token 'a b',mode=ro").unwrap();
+        let DiskSource::Remote(remote) = &disk.source else { panic!("{disk:?}") };
+        assert_eq!(remote.address.to_string(), "https://h/a,b");
+        assert_eq!(remote.address.query(), Some("sig=s3cret,x&y"));
+        assert!(!format!("{disk:?}").contains("s3cret"));
+        let words = AuthSource::Command(vec!["token".into(), "a b".into()]);
+        assert_eq!((remote.auth.as_ref(), &*remote.dir), (Some(&words), Path::new("/home")));
+        assert!(remote.address.is_encrypted() && disk.format.is_none());
+        let disk = parse("vm=http://h/a,auth=token").unwrap();
+        let DiskSource::Remote(remote) = &disk.source else { panic!("{disk:?}") };
+        assert_eq!(remote.auth, Some(AuthSource::File("/home/token".into())));
+        for (text, shown) in [
+            ("vm=https://h/a,,b?s,,t,mode=ro", "vm=https://h/a,,b?...,mode=ro"),
+            ("http://h/?s", "http://h/?..."),
+            ("http://h/a,len=3", "http://h/a,len=3"),
+            ("a?b,c", "a?b,c"),
+            ("x=http://h?s,y=https://i?t", "x=http://h?...,y=https://i?..."),
+        ] {
+            assert_eq!(without_queries(text), shown);
+        }
+    }
+
+    #[test]
     fn what_no_server_can_be_asked_for_is_refused() {
         for (text, hint) in [
             ("nbd://h/e", "needs a name: write NAME=nbd://h/e"),
             ("vm=nbd://me:pw@h/e", "can be read by everybody: leave it out"),
             ("vm=nbd://h/\n", "holds a control character"),
             ("vm=ftp://h/e", "is not a source"),
-            ("vm=https://h/e", "such sources are not in this version"),
+            ("vm=s3://h/e", "such sources are not in this version"),
+            ("https://h/e?s3cret", "needs a name: write NAME=https://h/e"),
+            (
+                "vm=http://me:s3cret@h/e",
+                "name a file with the line 'Authorization: ...' by auth=FILE",
+            ),
+            (
+                "vm=https://h/e?s3cret,mode=rw",
+                "'mode=rw' is not for https://h/e, which is only read",
+            ),
+            ("vm=https://h/e?s3cret,fech=64K", "unknown key 'fech'"),
+            ("vm=https://h/e?s3cret,lock=off", "'lock' is for files of this host"),
+            ("vm=http://h/e,tls-ca=x", "'tls-ca' is for nbds:// and https://"),
+            ("vm=nbd://h/e,auth=x", "'auth' is for http:// and https://"),
+            ("vm=http://h/e,auth=cmd:", "a program is missing"),
+            ("vm=http://h/e,auth=cmd:a | b", "one program prints the header lines"),
+            ("vm=http://h/e,auth=cmd:a $B", "cowslip runs no shell"),
             ("vm=nbd://h/e,lock=off", "'lock' is for files of this host"),
             ("vm=nbd://h/e,mode=ro,passthrough", "'passthrough' is for files of this host"),
             ("vm=nbd://h/e,direct", "'direct' is for files of this host"),
@@ -177,7 +343,7 @@ mod tests {
             ("vm=nbd://h/e,read-cache-size=1M", "is not a size"),
             (
                 "vm=nbd://h/e,tls-ca=x",
-                "'tls-ca' is for nbds://, and this connection is not encrypted",
+                "'tls-ca' is for nbds:// and https://, and this connection is not encrypted",
             ),
             ("vm=nbds://h/e,tls-cert=x", "'tls-cert' needs tls-key= beside it"),
             ("vm=nbds://h/e,tls-key=x", "'tls-key' needs tls-cert= beside it"),
@@ -188,6 +354,7 @@ mod tests {
         ] {
             let line = parse(text).unwrap_err();
             assert!(line.contains(hint) && !line.contains('\n'), "{text}: {line}");
+            assert!(!line.contains("s3cret") || text.contains("me:"), "{line}");
         }
     }
 }

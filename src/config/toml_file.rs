@@ -11,6 +11,7 @@ use super::disk_parser::RawSpec;
 use super::error::{escaped, hint};
 use super::keys;
 use super::raw_value::{RawValue, absolute};
+use super::remote::without_query;
 use super::{CacheMode, DiskSpec, SpecError};
 
 /// The contents of a TOML file. `None` or empty means that a key was not given.
@@ -183,7 +184,8 @@ fn parse_disk_table(table: &DeTable<'_>, dir: &Path) -> Result<DiskSpec, SpecErr
         let place = name.map_or("disk".to_owned(), |name| format!("disk '{}'", escaped(name)));
         return Err(SpecError::Missing("source is missing: write source = \"PATH\"").within(place));
     };
-    let place = format!("disk '{}'", escaped(name.as_ref().unwrap_or(&source)));
+    let shown = name.as_ref().unwrap_or(&source).to_string_lossy();
+    let place = format!("disk '{}'", escaped(without_query(&shown)));
     RawSpec { name, source, keys }.build(dir).map_err(|error| error.within(place))
 }
 

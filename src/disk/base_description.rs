@@ -180,7 +180,7 @@ impl BaseDescription {
         let needed = base.needs.iter().map(|(_, file)| &**file);
         let others = base.file.as_deref().into_iter().chain(needed);
         let is_same_image = match (self.remote(), &base.remote) {
-            (Some(mine), Some(other)) => mine.address() == other.address(),
+            (Some(mine), Some(other)) => mine.address().is_same_place(other.address()),
             (None, None) => true,
             _ => false,
         };

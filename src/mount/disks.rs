@@ -141,7 +141,9 @@ fn already_stored(catalog: &Catalog, spec: &DiskSpec) -> Result<Option<String>, 
         DiskSource::File(path) => path
             .canonicalize()
             .is_ok_and(|path| entry.disk.base_path().is_some_and(|base| base == path)),
-        DiskSource::Remote(remote) => entry.disk.base_address().as_ref() == Some(&remote.address),
+        DiskSource::Remote(remote) => {
+            entry.disk.base_address().is_some_and(|base| base.is_same_place(&remote.address))
+        }
         _ => entry.disk.base_path().is_none() && entry.disk.base_address().is_none(),
     };
     if is_same {

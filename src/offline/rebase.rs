@@ -12,11 +12,13 @@ use super::{OfflineError, is_store, single_target};
 use crate::base::formats::BaseFormat;
 use crate::base::{self, BaseAccess, BaseError, BaseOptions};
 use crate::config::{
-    DirectIo, DiskSource, Format, Locking, Passthrough, RemoteAddress, SourcePart,
+    DirectIo, DiskSource, Format, Locking, Passthrough, RemoteAddress, RemoteSpec, SourcePart,
 };
+use crate::host::os_message;
 use crate::identity::Identity;
 use crate::overlay::persist::{self, LockedOverlay};
-use crate::overlay::stack::{BaseRecord, FileRecord, RecordedSource, Stack};
+use crate::overlay::stack::{BaseRecord, FileRecord, RecordedSource, SourceLocation, Stack};
+use crate::remote::{self, RemoteImage};
 
 /// Policy for a base that does not match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,14 +127,51 @@ fn difference(
             Some(format!("its backing file '{}': {difference}", is.path.display()))
         })
     };
-    Ok(was.identity.differences_of_copy(&found.identity).or_else(of_backing_files))
+    Ok(content_difference(was, found).or_else(of_backing_files))
+}
+
+/// Describes how the bytes of `found` differ from the recorded ones. Where one of them is known only by
+/// the version that its server names, samples of both are compared.
+fn content_difference(was: &RecordedSource<'_>, found: &NewBase) -> Option<String> {
+    let (old, new) = (was.identity, &found.identity);
+    let is_comparable = old.hash == new.hash || (old.version().or(new.version())).is_none();
+    if is_comparable || old.size != new.size {
+        return old.differences_of_copy(new);
+    }
+    let unknown = |why: String| Some(format!("its contents cannot be compared: {why}"));
+    let old = match old.version() {
+        None => old.clone(),
+        Some(_) => match sample_recorded(was) {
+            Ok(old) => old,
+            Err(why) => return unknown(why),
+        },
+    };
+    match found.sampled_identity() {
+        Ok(new) => old.differences_of_copy(&new),
+        Err(error) => unknown(os_message(&error)),
+    }
+}
+
+/// Returns the samples of a recorded base that is known by its version, if the server still has that.
+fn sample_recorded(was: &RecordedSource<'_>) -> Result<Identity, String> {
+    let SourceLocation::Remote(address) = was.location else {
+        return Err("it is no image on a server".to_owned());
+    };
+    let address = RemoteAddress::parse(address).map_err(|error| error.to_string())?;
+    let base = remote::open(&RemoteSpec::new(address)).map_err(|error| error.to_string())?;
+    let image = RemoteImage::Cached(base);
+    let failed = |error: io::Error| format!("{}: {}", was.location, os_message(&error));
+    if let Some(difference) = was.identity.differences(&image.identity().map_err(failed)?) {
+        return Err(format!("{} has changed: {difference}", was.location));
+    }
+    image.sampled_identity().map_err(failed)
 }
 
 /// The place of the candidate for the new base.
 enum NewLocation {
     /// Real path.
     File(PathBuf),
-    Remote(RemoteAddress),
+    Remote(RemoteImage),
 }
 
 /// The candidate for the new base.
@@ -164,7 +203,7 @@ impl NewBase {
         let needs = base.needs.iter().map(record).collect::<io::Result<_>>();
         let missing = || BaseError::Missing(PathBuf::from(&shown));
         let location = match &base.remote {
-            Some(remote) => NewLocation::Remote(remote.address().clone()),
+            Some(remote) => NewLocation::Remote(remote.clone()),
             None => NewLocation::File(base.path.clone().ok_or_else(missing)?),
         };
         Ok(Self {
@@ -174,11 +213,19 @@ impl NewBase {
         })
     }
 
+    /// Returns the identity by samples, also of an image that is known by its version.
+    fn sampled_identity(&self) -> io::Result<Identity> {
+        match &self.location {
+            NewLocation::Remote(remote) => remote.sampled_identity(),
+            NewLocation::File(_) => Ok(self.identity.clone()),
+        }
+    }
+
     /// The path or the address.
     fn shown(&self) -> String {
         match &self.location {
             NewLocation::File(path) => path.display().to_string(),
-            NewLocation::Remote(address) => address.to_string(),
+            NewLocation::Remote(remote) => remote.address().to_string(),
         }
     }
 
@@ -191,8 +238,8 @@ impl NewBase {
             NewLocation::File(path) => {
                 BaseRecord::File { path, format, offset, len, identity, needs }
             }
-            NewLocation::Remote(address) => {
-                let address = address.to_string();
+            NewLocation::Remote(remote) => {
+                let address = remote.address().to_string();
                 BaseRecord::Remote { address, format, offset, len, identity, needs }
             }
         }

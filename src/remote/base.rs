@@ -99,6 +99,11 @@ impl RemoteBase {
         &self.identity
     }
 
+    /// Returns the transport.
+    pub(super) fn transport(&self) -> &dyn Transport {
+        &*self.transport
+    }
+
     /// Returns the cache.
     pub(super) fn cache(&self) -> &Cache {
         &self.cache

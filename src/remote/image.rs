@@ -32,8 +32,8 @@ impl RemoteImage {
         }
     }
 
-    /// Returns what the image is known by, its size and a hash of samples: as it was when it was opened,
-    /// or, if it is written to, as it is now.
+    /// Returns what the image is known by, its size and its version or a hash of samples: as it was when
+    /// it was opened, or, if it is written to, as it is now.
     ///
     /// # Errors
     /// `ETIMEDOUT` and other errnos of the server.
@@ -41,6 +41,17 @@ impl RemoteImage {
         match self {
             Self::Cached(base) => Ok(base.identity().clone()),
             Self::Direct(disk) => identity_of(&**disk.transport()),
+        }
+    }
+
+    /// Returns size and hash of samples, by which the image can be compared with one that is elsewhere.
+    ///
+    /// # Errors
+    /// `ETIMEDOUT` and other errnos of the server.
+    pub fn sampled_identity(&self) -> io::Result<Identity> {
+        match self {
+            Self::Cached(base) => sampled_identity_of(base.transport()),
+            Self::Direct(disk) => sampled_identity_of(&**disk.transport()),
         }
     }
 
@@ -105,9 +116,18 @@ impl Sample {
     }
 }
 
+/// Returns what the image behind `transport` is known by: its size, and its version or else a hash of
+/// samples.
+pub(super) fn identity_of(transport: &dyn Transport) -> io::Result<Identity> {
+    match transport.version() {
+        Some(hash) => Ok(Identity { size: transport.size(), mtime: None, inode: None, hash }),
+        None => sampled_identity_of(transport),
+    }
+}
+
 /// Returns size and hash of samples of the image behind `transport`, all of which are asked for at
 /// once.
-pub(super) fn identity_of(transport: &dyn Transport) -> io::Result<Identity> {
+pub(super) fn sampled_identity_of(transport: &dyn Transport) -> io::Result<Identity> {
     let size = transport.size();
     let alignment = u64::from(transport.limits().alignment.max(1));
     let asked: Vec<_> = Sample::all(size, alignment)

@@ -7,7 +7,8 @@
 //!     │     └── plan.rs       what to fetch for a read, and what to read ahead (pure)
 //!     └── fetcher.rs          each byte once; what somebody waits for first
 //!           └── transport.rs  asks the server, many requests at a time
-//!                 └── nbd/    the protocols
+//!                 ├── nbd/    the protocols
+//!                 └── http/
 //! ```
 
 mod answer;
@@ -16,10 +17,12 @@ mod cache;
 mod error;
 mod extent_cache;
 mod fetcher;
+mod http;
 mod image;
 mod nbd;
 mod open;
 mod plan;
+mod tls;
 mod transport;
 mod watched_samples;
 mod writable;

@@ -1,7 +1,8 @@
-//! Opening: the address is parsed, the server asked, and the cache made. Disks with the same address
-//! and keys share one image.
+//! Opening: the address says by which protocol the server is asked, and the cache is made. Disks with the
+//! same address and keys share one image.
 
 use std::ffi::OsStr;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::Duration;
@@ -10,12 +11,16 @@ use parking_lot::Mutex;
 
 use super::RemoteDisk;
 use super::base::RemoteBase;
-use super::cache::{CacheError, CacheRegistry};
+use super::cache::{CacheError, CacheRegistry, Urgency};
 use super::error::RemoteError;
+use super::http::{HttpClient, HttpOptions};
 use super::image::{check_identity, identity_of};
-use super::nbd::{Access, NbdClient, NbdOptions, NbdTarget, TlsFiles};
+use super::nbd::{Access, NbdClient, NbdOptions, NbdTarget};
+use super::tls::TlsFiles;
 use super::transport::Transport;
-use crate::config::{RemoteAddress, RemoteSpec};
+use crate::config::{Protocol, RemoteSpec};
+use crate::host::os_message;
+use crate::identity::{Identity, Mtime};
 
 /// The seconds after which a request fails that no server answers; those of the mount.
 static IO_TIMEOUT: AtomicU64 = AtomicU64::new(30);
@@ -38,6 +43,14 @@ type OpenImage = Arc<Mutex<Weak<RemoteBase>>>;
 /// The images that are open.
 static OPEN: Mutex<Vec<(RemoteSpec, OpenImage)>> = Mutex::new(Vec::new());
 
+/// An image that is open for reading, and how it is known.
+struct Opened {
+    transport: Arc<dyn Transport>,
+    identity: Identity,
+    /// The first bytes, where they came with the answer that said what there is.
+    head: Vec<u8>,
+}
+
 /// Opens the image that `spec` describes; waits for the server.
 ///
 /// # Errors
@@ -56,10 +69,14 @@ pub fn open(spec: &RemoteSpec) -> Result<Arc<RemoteBase>, RemoteError> {
 
 /// Returns the place of the image that `spec` describes. Waits for no server.
 fn image_of(spec: &RemoteSpec) -> OpenImage {
-    // Who gives no keys takes the image as it is.
+    // Who gives no keys, and no query where one is not recorded, takes the image as it is.
     let has_no_keys = *spec == RemoteSpec::new(spec.address.clone());
-    let is_same =
-        |other: &RemoteSpec| other == spec || (has_no_keys && other.address == spec.address);
+    let takes_any = has_no_keys && spec.address.query().is_none();
+    let is_same = |other: &RemoteSpec| {
+        other == spec
+            || (has_no_keys && other.address == spec.address)
+            || (takes_any && other.address.is_same_place(&spec.address))
+    };
     let is_used = |image: &OpenImage| {
         let is_open = |image: &Weak<RemoteBase>| image.strong_count() > 0;
         Arc::strong_count(image) > 1 || image.try_lock().is_none_or(|image| is_open(&image))
@@ -79,17 +96,39 @@ fn image_of(spec: &RemoteSpec) -> OpenImage {
 /// # Errors
 /// [`RemoteError`], for the user.
 pub fn open_writable(spec: &RemoteSpec) -> Result<Arc<RemoteDisk>, RemoteError> {
-    let client = Arc::new(connect(spec, Access::ReadWrite)?);
+    if spec.address.protocol() == Protocol::Http {
+        return Err(refused(spec, "an image behind HTTP is only read: take mode=ro or an overlay"));
+    }
+    let client = Arc::new(connect_nbd(spec, Access::ReadWrite)?);
     let disk = RemoteDisk::new(spec.address.clone(), client.clone())
-        .map_err(|error| unreadable(&spec.address, &error))?;
+        .map_err(|error| unreadable(spec, &error))?;
     client.set_identity_check(disk.identity_check());
     Ok(Arc::new(disk))
 }
 
 fn open_cached(spec: &RemoteSpec) -> Result<RemoteBase, RemoteError> {
     let address = &spec.address;
-    let client = connect(spec, Access::ReadOnly)?;
-    let identity = identity_of(&client).map_err(|error| unreadable(address, &error))?;
+    let Opened { transport, identity, head } = match address.protocol() {
+        Protocol::Nbd => open_nbd(spec)?,
+        Protocol::Http => open_http(spec)?,
+    };
+    let no_place =
+        |error: CacheError| RemoteError::Cache { address: address.clone(), why: error.to_string() };
+    // The address as well: the samples of two images may be the same.
+    let known_by = format!("{address}\n{}", identity.hash);
+    let dir = spec.read_cache.as_deref();
+    let cache = CACHES.open(dir, known_by.as_bytes(), transport.size(), spec.read_cache_size);
+    let cache = cache.map_err(no_place)?;
+    if !cache.missing(&(0..head.len() as u64)).is_empty() {
+        cache.store(0, head, Urgency::Ahead);
+    }
+    Ok(RemoteBase::new(spec, identity, transport, cache))
+}
+
+fn open_nbd(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
+    let address = &spec.address;
+    let client = connect_nbd(spec, Access::ReadOnly)?;
+    let identity = identity_of(&client).map_err(|error| unreadable(spec, &error))?;
     if client.tail() > 0 {
         let tail = client.tail();
         log::warn!(
@@ -97,39 +136,68 @@ fn open_cached(spec: &RemoteSpec) -> Result<RemoteBase, RemoteError> {
         );
     }
     client.set_identity_check(check_identity(&client, &identity));
-    let no_place =
-        |error: CacheError| RemoteError::Cache { address: address.clone(), why: error.to_string() };
-    // The address as well: the samples of two images may be the same.
-    let known_by = format!("{address}\n{}", identity.hash);
-    let dir = spec.read_cache.as_deref();
-    let cache = CACHES.open(dir, known_by.as_bytes(), client.size(), spec.read_cache_size);
-    Ok(RemoteBase::new(spec, identity, Arc::new(client), cache.map_err(no_place)?))
+    Ok(Opened { transport: Arc::new(client), identity, head: Vec::new() })
 }
 
-fn unreadable(address: &RemoteAddress, error: &std::io::Error) -> RemoteError {
-    let why = format!("it cannot be read: {}", crate::host::os_message(error));
-    RemoteError::Server { address: address.clone(), why }
+fn open_http(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
+    let address = &spec.address;
+    let (io_timeout, open_timeout) = timeouts();
+    let options = HttpOptions {
+        io_timeout,
+        open_timeout,
+        connections: spec.conns,
+        tls: tls_files(spec),
+        auth: spec.auth.clone(),
+        dir: spec.dir.clone(),
+    };
+    let opened = HttpClient::open(address, &options);
+    let (client, head) = opened.map_err(|error| refused(spec, &error.to_string()))?;
+    let mut identity = identity_of(&client).map_err(|error| unreadable(spec, &error))?;
+    if client.version().is_none() {
+        identity.mtime = client.modified().map(|secs| Mtime { secs, nanos: 0 });
+        let time = if identity.mtime.is_some() { "its time" } else { "no time" };
+        log::warn!(
+            "'{address}': its server names no version of the image (a strong ETag): another one is noticed \
+             by its size, {time}, and samples when it is mounted"
+        );
+    }
+    Ok(Opened { transport: Arc::new(client), identity, head })
 }
 
-fn connect(spec: &RemoteSpec, access: Access) -> Result<NbdClient, RemoteError> {
+fn connect_nbd(spec: &RemoteSpec, access: Access) -> Result<NbdClient, RemoteError> {
     let address = &spec.address;
     let target = NbdTarget::parse(OsStr::new(address.as_str())).map_err(|error| {
         RemoteError::Address { address: address.clone(), why: error.to_string() }
     })?;
-    let io_timeout = Duration::from_secs(IO_TIMEOUT.load(Ordering::Relaxed));
+    let (io_timeout, open_timeout) = timeouts();
     let options = NbdOptions {
         io_timeout,
-        open_timeout: io_timeout.min(OPEN_TIMEOUT),
+        open_timeout,
         connections: usize::try_from(spec.conns).unwrap_or(1),
         access,
-        tls: TlsFiles {
-            authorities: spec.tls_ca.clone(),
-            identity: spec.tls_cert.clone().zip(spec.tls_key.clone()),
-        },
+        tls: tls_files(spec),
         dir: spec.dir.clone(),
     };
-    NbdClient::open(&target, options).map_err(|error| RemoteError::Server {
-        address: address.clone(),
-        why: error.cause.to_string(),
-    })
+    NbdClient::open(&target, options).map_err(|error| refused(spec, &error.cause.to_string()))
+}
+
+/// Returns how long a request may take, and how long a server is waited for that is not up.
+fn timeouts() -> (Duration, Duration) {
+    let io_timeout = Duration::from_secs(IO_TIMEOUT.load(Ordering::Relaxed));
+    (io_timeout, io_timeout.min(OPEN_TIMEOUT))
+}
+
+fn tls_files(spec: &RemoteSpec) -> TlsFiles {
+    TlsFiles {
+        authorities: spec.tls_ca.clone(),
+        identity: spec.tls_cert.clone().zip(spec.tls_key.clone()),
+    }
+}
+
+fn refused(spec: &RemoteSpec, why: &str) -> RemoteError {
+    RemoteError::Server { address: spec.address.clone(), why: why.to_owned() }
+}
+
+fn unreadable(spec: &RemoteSpec, error: &io::Error) -> RemoteError {
+    refused(spec, &format!("it cannot be read: {}", os_message(error)))
 }

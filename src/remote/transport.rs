@@ -38,6 +38,12 @@ pub(crate) trait Transport: Send + Sync {
     /// Returns the requests that the server takes.
     fn limits(&self) -> RequestLimits;
 
+    /// Returns what the server calls this version of the image, if it has a name that no other version
+    /// has: the scheme of the name, a colon, and the name.
+    fn version(&self) -> Option<String> {
+        None
+    }
+
     /// Begins to read `range` (bytes, not empty, inside the size, at most
     /// [`max_len`](RequestLimits::max_len), aligned except at the end of the image).
     ///

@@ -47,6 +47,7 @@ mod process;
 mod qcow2;
 mod reflink;
 mod remote;
+mod remote_http;
 mod send;
 mod send_kill;
 mod send_sparse;

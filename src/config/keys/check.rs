@@ -4,7 +4,7 @@ use super::key::DiskKey;
 use crate::config::raw_value::RawValue;
 use crate::config::{
     DirectIo, DiskMode, DiskSource, DiskSpec, Flow, Format, OverlayKind, Partitions, Passthrough,
-    SinkSpec, SourcePart, SpecError,
+    Protocol, SinkSpec, SourcePart, SpecError,
 };
 
 /// Refuses `offset=` and `len=` beside `partition=`, since the partition table gives both.
@@ -149,12 +149,30 @@ pub(super) fn check_tls(disk: &DiskSpec) -> Result<(), SpecError> {
     let given = files.iter().find(|(_, file)| file.is_some());
     match (given, remote.tls_cert.is_some(), remote.tls_key.is_some()) {
         (Some((key, _)), ..) if !remote.address.is_encrypted() => {
-            let why = "is for nbds://, and this connection is not encrypted: drop it";
+            let why = "is for nbds:// and https://, and this connection is not encrypted: drop it";
             Err(SpecError::key(*key, why))
         }
         (_, true, false) => Err(SpecError::key("tls-cert", "needs tls-key= beside it")),
         (_, false, true) => Err(SpecError::key("tls-key", "needs tls-cert= beside it")),
         _ => Ok(()),
+    }
+}
+
+/// Checks what only HTTP has, and what it has not.
+pub(super) fn check_protocol(disk: &DiskSpec) -> Result<(), SpecError> {
+    let DiskSource::Remote(remote) = &disk.source else { return Ok(()) };
+    match remote.address.protocol() {
+        Protocol::Nbd if remote.auth.is_some() => {
+            Err(SpecError::key("auth", "is for http:// and https://: drop it"))
+        }
+        Protocol::Http if disk.mode == DiskMode::ReadWrite => {
+            let address = &remote.address;
+            let why = format!(
+                "is not for {address}, which is only read: drop it, and changes stay in an overlay"
+            );
+            Err(SpecError::key("mode=rw", why))
+        }
+        Protocol::Nbd | Protocol::Http => Ok(()),
     }
 }
 

@@ -50,6 +50,8 @@ pub(super) enum KeySetter {
     RemoteSize(fn(&mut RemoteSpec, u64) -> Result<(), SpecError>),
     RemoteOrdinal(fn(&mut RemoteSpec, u32) -> Result<(), SpecError>),
     RemotePath(fn(&mut RemoteSpec, PathBuf)),
+    /// Called with the value and the directory of relative paths.
+    RemoteText(fn(&mut RemoteSpec, &OsStr, &Path) -> Result<(), SpecError>),
     /// The sink or source of a stream; called with the value and the directory of relative paths.
     Flow(fn(&RawValue, &Path) -> Result<Flow, SpecError>),
     StreamSize(fn(&mut StreamSpec, u64)),
@@ -81,7 +83,7 @@ impl DiskKey {
                 "is only for streams, NAME=stream:SIZE: drop it"
             }
             KeyScope::Remote if !matches!(disk.source, DiskSource::Remote(_)) => {
-                "is only for images on servers, such as NAME=nbd://HOST/EXPORT: drop it"
+                "is only for images on servers, such as NAME=nbd://HOST/EXPORT or NAME=https://HOST/PATH: drop it"
             }
             KeyScope::Disks | KeyScope::Files | KeyScope::HostFiles | KeyScope::Cow
                 if is_stream =>
@@ -169,6 +171,7 @@ impl DiskKey {
             KeySetter::RemoteSize(set) => set(remote_mut(disk)?, parse_size(word()?)?)?,
             KeySetter::RemoteOrdinal(set) => set(remote_mut(disk)?, parse_ordinal(word()?)?)?,
             KeySetter::RemotePath(set) => set(remote_mut(disk)?, absolute(text, dir)?),
+            KeySetter::RemoteText(set) => set(remote_mut(disk)?, text, dir)?,
             KeySetter::StreamSize(set) => set(stream_mut(disk)?, parse_size(word()?)?),
             KeySetter::StreamWord(set) | KeySetter::StreamSwitchWord(set) => {
                 set(stream_mut(disk)?, word()?)?;

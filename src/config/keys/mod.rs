@@ -8,8 +8,8 @@ mod table;
 use std::path::Path;
 
 use self::check::{
-    check_direct, check_flow, check_mode, check_part, check_passthrough, check_reflink,
-    check_stream, check_tls,
+    check_direct, check_flow, check_mode, check_part, check_passthrough, check_protocol,
+    check_reflink, check_stream, check_tls,
 };
 use self::key::DiskKey;
 use self::table::KEYS;
@@ -73,6 +73,7 @@ pub(super) fn apply_keys(
     check_passthrough(disk)?;
     check_direct(disk)?;
     check_tls(disk)?;
+    check_protocol(disk)?;
     check_stream(disk, &seen)
 }
 

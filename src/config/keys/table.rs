@@ -1,10 +1,16 @@
 //! The table of keys, and the effect of each key on the spec.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
 use super::key::{DiskKey, KeyScope, KeySetter, Switch};
+use crate::config::raw_value::absolute;
 use crate::config::{
-    DirectIo, DiskMode, DiskSpec, FinishWhen, Flow, Locking, OverlayKind, Overwrite, Pad,
-    Partitions, Passthrough, RemoteSpec, Resize, SinkSpec, SourcePart, SpecError, SpillCompression,
-    Spool, StreamFrames, StreamSpec, error, flow, is_block_size,
+    AuthSource, CommandLineError, DirectIo, DiskMode, DiskSpec, FinishWhen, Flow, Locking,
+    OverlayKind, Overwrite, Pad, Partitions, Passthrough, RemoteSpec, Resize, SinkSpec, SourcePart,
+    SpecError, SpillCompression, Spool, StreamFrames, StreamSpec, error, flow, is_block_size,
+    split_command,
 };
 
 /// Every key.
@@ -94,6 +100,7 @@ pub(super) static KEYS: &[DiskKey] = &[
             remote.tls_key = Some(file);
         }),
     ),
+    row("auth", KeyScope::Remote, "FILE|cmd:COMMAND", KeySetter::RemoteText(set_auth)),
     row("read-cache-size", KeyScope::Remote, "4G", KeySetter::RemoteSize(set_cache_size)),
     // The direction is the first key of a stream: the others depend on it.
     row("to", KeyScope::Streams, SINK_FORMS, KeySetter::Flow(flow::parse_to)),
@@ -215,6 +222,33 @@ fn set_conns(remote: &mut RemoteSpec, count: u32) -> Result<(), SpecError> {
         return Err(SpecError::value(count.to_string(), "a number of connections: take 1 to 64"));
     }
     remote.conns = count;
+    Ok(())
+}
+
+fn set_auth(remote: &mut RemoteSpec, value: &OsStr, dir: &Path) -> Result<(), SpecError> {
+    let Some(line) = value.as_bytes().strip_prefix(b"cmd:") else {
+        remote.auth = Some(AuthSource::File(absolute(value, dir)?));
+        return Ok(());
+    };
+    let mut programs = split_command(OsStr::from_bytes(line))
+        .map_err(|fault| {
+            SpecError::Missing(match fault {
+                CommandLineError::NeedsShell => "cowslip runs no shell; write auth=cmd:sh -c '...'",
+                CommandLineError::Unterminated => {
+                    "a quote or a backslash has no end in the command"
+                }
+                CommandLineError::NoProgram => {
+                    "a program is missing: write auth=cmd:COMMAND [ARG]..."
+                }
+            })
+        })?
+        .0;
+    let (Some(words), true) = (programs.pop(), programs.is_empty()) else {
+        let why = "one program prints the header lines: write auth=cmd:sh -c '...' for several";
+        return Err(SpecError::Missing(why));
+    };
+    remote.auth = Some(AuthSource::Command(words));
+    dir.clone_into(&mut remote.dir);
     Ok(())
 }
 

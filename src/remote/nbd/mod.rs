@@ -32,5 +32,4 @@ mod uri;
 
 pub(crate) use client::{Access, NbdClient, NbdOptions};
 pub(crate) use server::{IdentityCheck, ReadRanges};
-pub(crate) use tls::TlsFiles;
 pub(crate) use uri::NbdTarget;

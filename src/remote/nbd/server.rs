@@ -16,10 +16,11 @@ use super::codec::request::{Command, encode};
 use super::error::NbdError;
 use super::exec::ExecServer;
 use super::link::{Deadline, Link};
-use super::tls::{TlsFiles, TlsSettings};
+use super::tls::TlsSettings;
 use super::uri::{Address, NbdTarget};
 use crate::host::{os_error, os_message};
 use crate::program::stop::Stop;
+use crate::remote::tls::TlsFiles;
 
 /// Reads ranges of a new connection, each inside the image, aligned, and not longer than a request
 /// may be; all of them at once.
@@ -59,7 +60,7 @@ impl Server {
         };
         let tls = match (&target.verified_name(), target.tls) {
             (_, Tls::No) => None,
-            (Some(name), Tls::Required) => Some(tls.load(name)?),
+            (Some(name), Tls::Required) => Some(TlsSettings::load(tls, name)?),
             (None, Tls::Required) => {
                 let text = "the name in the server's certificate is missing: add tls-hostname=NAME";
                 return Err(NbdError::TlsSettings(text.to_owned()));

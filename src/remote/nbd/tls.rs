@@ -4,40 +4,17 @@
 //! that. Keys that both sides share beforehand (PSK) are not possible with this library.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection};
 
 use super::error::NbdError;
-use crate::confined::{self, FileAccess};
-use crate::host::os_message;
-
-/// Where systems keep the authorities that they believe.
-const SYSTEM_AUTHORITIES: [&str; 4] = [
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/cert.pem",
-];
-
-/// The longest file of certificates or keys in bytes; a system's list of authorities has 250 KiB.
-const MAX_FILE_LEN: u64 = 4 << 20;
+use crate::remote::tls::TlsFiles;
 
 /// The most plaintext that is encrypted at a time: the socket takes about as much.
 const MAX_PLAINTEXT: usize = 256 << 10;
-
-/// The files of TLS, in PEM.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct TlsFiles {
-    /// The authorities that are believed; `None` for those of the system.
-    pub(crate) authorities: Option<PathBuf>,
-    /// Our certificate, with those between it and the authority, and its key.
-    pub(crate) identity: Option<(PathBuf, PathBuf)>,
-}
 
 /// Whom to believe, and who we are.
 #[derive(Clone, Debug)]
@@ -50,66 +27,13 @@ pub(super) struct TlsSettings {
 #[derive(Debug)]
 pub(super) struct TlsSession(ClientConnection);
 
-impl TlsFiles {
-    /// Reads the files. `name` is the host that the server's certificate must name.
-    pub(super) fn load(&self, name: &str) -> Result<TlsSettings, NbdError> {
-        let failed = |text: String| NbdError::TlsSettings(text);
+impl TlsSettings {
+    /// Reads `files`. `name` is the host that the server's certificate must name.
+    pub(super) fn load(files: &TlsFiles, name: &str) -> Result<Self, NbdError> {
         let name = ServerName::try_from(name.to_owned())
-            .map_err(|_| failed(format!("no certificate can name '{name}'")))?;
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(|error| failed(error.to_string()))?
-            .with_root_certificates(self.roots()?);
-        let config = match &self.identity {
-            None => builder.with_no_client_auth(),
-            Some((certificate, key)) => {
-                let chain = certificates(certificate)?;
-                let key_der = PrivateKeyDer::from_pem_slice(&read_pem(key)?)
-                    .map_err(|error| failed(format!("the key '{}': {error}", key.display())))?;
-                builder.with_client_auth_cert(chain, key_der).map_err(|error| {
-                    failed(format!("the certificate '{}': {error}", certificate.display()))
-                })?
-            }
-        };
-        Ok(TlsSettings { config: Arc::new(config), name })
-    }
-
-    fn roots(&self) -> Result<RootCertStore, NbdError> {
-        let system = || SYSTEM_AUTHORITIES.iter().map(PathBuf::from).find(|path| path.exists());
-        let nothing = "this system has no list of authorities: name one with tls-ca=";
-        let file = self.authorities.clone().or_else(system);
-        let file = file.ok_or_else(|| NbdError::TlsSettings(nothing.to_owned()))?;
-        let mut roots = RootCertStore::empty();
-        let (added, _) = roots.add_parsable_certificates(certificates(&file)?);
-        match added {
-            0 => Err(NbdError::TlsSettings(format!("'{}' has no authority", file.display()))),
-            _ => Ok(roots),
-        }
-    }
-}
-
-/// Reads a file that the user has named: a regular one of at most [`MAX_FILE_LEN`] bytes, which is
-/// never waited for. One without a length is refused, since those of /proc have none and may wait.
-fn read_pem(file: &Path) -> Result<Vec<u8>, NbdError> {
-    let failed = |error: io::Error| {
-        NbdError::TlsSettings(format!("the file '{}': {}", file.display(), os_message(&error)))
-    };
-    let opened = confined::open_input(file, FileAccess::Read).map_err(failed)?;
-    if opened.metadata().map_err(failed)?.len() == 0 {
-        return Err(NbdError::TlsSettings(format!("the file '{}' is empty", file.display())));
-    }
-    confined::read_to_limit(&opened, MAX_FILE_LEN).map_err(failed)
-}
-
-fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, NbdError> {
-    let failed = |error| NbdError::TlsSettings(format!("the file '{}': {error}", file.display()));
-    let bytes = read_pem(file)?;
-    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
-    let found = found.map_err(failed)?;
-    match found.is_empty() {
-        true => Err(NbdError::TlsSettings(format!("'{}' has no certificate", file.display()))),
-        false => Ok(found),
+            .map_err(|_| NbdError::TlsSettings(format!("no certificate can name '{name}'")))?;
+        let config = files.load().map_err(|error| NbdError::TlsSettings(error.to_string()))?;
+        Ok(Self { config: Arc::new(config), name })
     }
 }
 

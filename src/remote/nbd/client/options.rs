@@ -6,7 +6,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::remote::nbd::error::NbdError;
-use crate::remote::nbd::tls::TlsFiles;
+use crate::remote::tls::TlsFiles;
 
 /// Whether the image is to be changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

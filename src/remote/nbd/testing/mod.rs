@@ -24,9 +24,9 @@ use tempfile::TempDir;
 
 use self::wire::{Protocol, Proxy};
 use super::client::{Access, NbdClient, NbdOptions};
-use super::tls::TlsFiles;
 use super::uri::NbdTarget;
 use crate::extents::{Extent, ExtentKind};
+use crate::remote::tls::TlsFiles;
 use crate::remote::transport::{Transport, WritableTransport};
 
 /// Starts a proxy before the server at the Unix socket `server`.

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::super::*;
 use crate::remote::nbd::testing::*;
-use crate::remote::nbd::tls::TlsFiles;
+use crate::remote::tls::TlsFiles;
 
 /// An authority, and certificates of the server and the client that lead to it, as nbdkit wants them.
 struct Certificates(tempfile::TempDir);
