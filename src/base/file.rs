@@ -20,6 +20,7 @@ use crate::confined::{self, PathHandle};
 use crate::host;
 use crate::host::file_system::{FsKind, HostFs};
 use crate::layer::WritableLayer;
+use crate::remote::RemoteDisk;
 
 /// A file or device of the host, open and locked.
 pub struct BaseFile {
@@ -99,19 +100,35 @@ pub(super) fn open_located(
 
 /// A base that a disk reads and that a commit now writes.
 pub struct WritableBase {
-    /// The layer that is written: only `view` of the file, if there is one.
-    pub layer: Box<dyn WritableLayer>,
-    /// The same file or device, whole.
-    pub file: Arc<File>,
-    /// The byte range that is written; `None` for the whole file.
+    /// The layer that is written: only `view` of the base, if there is one.
+    pub layer: Arc<dyn WritableLayer>,
+    /// The same file or device, whole; `None` for an image on a server.
+    pub file: Option<Arc<File>>,
+    /// The byte range that is written; `None` for the whole base.
     pub view: Option<Range<u64>>,
+    /// The image on a server that `layer` writes.
+    pub server: Option<Arc<RemoteDisk>>,
     /// The file of the reading disk, whose locks keep all others out meanwhile.
-    reader_file: Arc<File>,
+    reader_file: Option<Arc<File>>,
+}
+
+impl WritableBase {
+    /// Makes the base of `disk`, an image on a server, or of `view` of it.
+    #[must_use]
+    pub fn on_server(disk: Arc<RemoteDisk>, view: Option<Range<u64>>) -> Self {
+        let layer: Arc<dyn WritableLayer> = match view.clone() {
+            None => Arc::clone(&disk) as _,
+            Some(view) => Arc::new(RangeView::new(Arc::clone(&disk), view)),
+        };
+        Self { layer, file: None, view, server: Some(disk), reader_file: None }
+    }
 }
 
 impl Drop for WritableBase {
     fn drop(&mut self) {
-        lock::downgrade(&self.reader_file);
+        if let Some(reader) = &self.reader_file {
+            lock::downgrade(reader);
+        }
     }
 }
 
@@ -148,11 +165,12 @@ pub fn open_writable(
     });
     match layer {
         Ok(raw) => {
-            let layer: Box<dyn WritableLayer> = match view.clone() {
-                None => Box::new(raw),
-                Some(view) => Box::new(RangeView::new(Arc::new(raw), view)),
+            let layer: Arc<dyn WritableLayer> = match view.clone() {
+                None => Arc::new(raw),
+                Some(view) => Arc::new(RangeView::new(Arc::new(raw), view)),
             };
-            Ok(WritableBase { layer, file, view, reader_file: reader })
+            let (file, reader_file) = (Some(file), Some(reader));
+            Ok(WritableBase { layer, file, view, server: None, reader_file })
         }
         Err(error) => {
             lock::downgrade(&reader);

@@ -176,8 +176,9 @@ fn open_file(path: &Path, options: &BaseOptions<'_>) -> Result<Base, BaseError> 
 fn open_remote(spec: &RemoteSpec, options: &BaseOptions<'_>) -> Result<Base, BaseError> {
     let (remote, image, writer) = match options.access {
         BaseAccess::Read => {
-            let base = remote::open(spec)?;
-            (RemoteImage::Cached(Arc::clone(&base)), base as Arc<dyn Layer>, None)
+            let remote = RemoteImage::cached(remote::open(spec)?);
+            let image = remote.layer();
+            (remote, image, None)
         }
         BaseAccess::Write => {
             let disk = remote::open_writable(spec)?;

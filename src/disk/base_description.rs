@@ -138,16 +138,39 @@ impl BaseDescription {
         }
     }
 
-    /// Whether this is the recorded file, whatever its contents are by now.
+    /// Whether this is the recorded file, or an image of the same size at the recorded address, whatever
+    /// its contents are by now.
     ///
     /// # Errors
     /// [`UnreadableBase`].
     pub(super) fn is_recorded_file(&self, recorded: &BaseRecord) -> Result<bool, UnreadableBase> {
-        let (Self::File { path, file, .. }, BaseRecord::File { identity, .. }) = (self, recorded)
-        else {
-            return Ok(false);
-        };
-        Ok(identity.file_difference(&identity_of(path, file)?).is_none())
+        match (self, recorded) {
+            (Self::File { path, file, .. }, BaseRecord::File { identity, .. }) => {
+                Ok(identity.file_difference(&identity_of(path, file)?).is_none())
+            }
+            (Self::Remote { remote, .. }, BaseRecord::Remote { address, identity, .. }) => {
+                let is_same = remote.address().as_str() == address;
+                Ok(is_same && remote_identity(remote)?.size == identity.size)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// The same base, read as `remote`; `None` for one that is on no server.
+    pub(super) fn with_remote(&self, remote: RemoteImage) -> Option<Self> {
+        let Self::Remote { format, view, needs, allow_backing, .. } = self else { return None };
+        let (format, view) = (*format, view.clone());
+        let (needs, allow_backing) = (needs.clone(), allow_backing.clone());
+        Some(Self::Remote { remote, format, view, needs, allow_backing })
+    }
+
+    /// The path or the address, for messages; empty for zeros.
+    pub(super) fn location(&self) -> PathBuf {
+        match self {
+            Self::File { path, .. } => path.clone(),
+            Self::Remote { remote, .. } => PathBuf::from(remote.address().as_str()),
+            Self::Blank(_) => PathBuf::new(),
+        }
     }
 
     /// The path; `None` for zeros, and for an image on a server.

@@ -13,6 +13,7 @@ use super::operation::{Force, Operation};
 use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
 use crate::base::formats::BaseFormat;
+use crate::base::view::RangeView;
 use crate::base::{self, WritableBase};
 use crate::config::{Locking, format_size};
 use crate::confined;
@@ -20,8 +21,9 @@ use crate::extents::ExtentKind;
 use crate::host::file_system;
 use crate::identity::Identity;
 use crate::layer::{Layer, Wait};
-use crate::overlay::stack::{BaseRecord, Stack};
+use crate::overlay::stack::BaseRecord;
 use crate::overlay::{CommitTarget, Overlay, Usage};
+use crate::remote::RemoteImage;
 
 /// How long a commit waits for layers that are being merged.
 const MERGE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -58,11 +60,8 @@ impl Disk {
         let overlay = self.committable_overlay()?;
         self.check_writers(force)?;
         let described = self.described_base();
-        let (path, file, format, view) = match &*described {
-            BaseDescription::File { path, file, format, view, .. } => (path, file, format, view),
-            BaseDescription::Remote { .. } => {
-                return Err(refused("its base is on a server, which is only read: copy it out"));
-            }
+        let format = match &*described {
+            BaseDescription::File { format, .. } | BaseDescription::Remote { format, .. } => format,
             BaseDescription::Blank(_) => {
                 return Err(refused("its base is blank: there is nothing to commit to"));
             }
@@ -73,17 +72,19 @@ impl Disk {
             )));
         }
         self.check_base_identity(overlay.is_committing())?;
-        let locking = self.history.locking.unwrap_or(Locking::Qemu);
-        let base = base::open_writable(path, file, view.clone(), locking)
-            .map_err(|error| OperationError::Refused(error.to_string()))?;
+        let base = self.open_writable_base(&described)?;
         let (size, base_size) = (self.size(), base.layer.size());
         if base_size < size {
             return Err(OperationError::Refused(format!(
                 "it is larger ({}) than its base '{}' ({}): shrink it first, or copy it out whole with cp",
                 format_size(size),
-                path.display(),
+                described.location().display(),
                 format_size(base_size)
             )));
+        }
+        drop(described);
+        if let Some(disk) = &base.server {
+            self.read_base_as(RemoteImage::Direct(Arc::clone(disk)));
         }
         check_space(&overlay, &base, self.overlay_dir().as_deref())?;
         let before = overlay.usage();
@@ -157,6 +158,44 @@ impl Disk {
         self.overlay().ok_or(OperationError::NoOverlay("changes to commit"))
     }
 
+    /// Opens the base for writing, and locks all others out.
+    fn open_writable_base(
+        &self,
+        described: &BaseDescription,
+    ) -> Result<WritableBase, OperationError> {
+        match described {
+            BaseDescription::File { path, file, view, .. } => {
+                let locking = self.history.locking.unwrap_or(Locking::Qemu);
+                base::open_writable(path, file, view.clone(), locking)
+                    .map_err(|error| OperationError::Refused(error.to_string()))
+            }
+            BaseDescription::Remote { remote, view, .. } => {
+                let disk = remote.begin_commit();
+                let disk = disk.map_err(|error| OperationError::Refused(error.to_string()))?;
+                Ok(WritableBase::on_server(disk, view.clone()))
+            }
+            BaseDescription::Blank(_) => Err(refused("its base is blank")),
+        }
+    }
+
+    /// Reads the base, an image on a server, as `remote` from now on, which has the same bytes where they
+    /// show through.
+    fn read_base_as(&self, remote: RemoteImage) {
+        let layer = remote.layer();
+        let mut described = self.described_base.lock();
+        let Some(next) = described.with_remote(remote) else { return };
+        let layer = match &next {
+            BaseDescription::Remote { view: Some(view), .. } => {
+                Arc::new(RangeView::new(layer, view.clone()))
+            }
+            _ => layer,
+        };
+        let mut layers = self.layers.write();
+        let Some(top) = layers.top.overlay().cloned() else { return };
+        *layers = Arc::new(layers.with_bottom(top, layer));
+        *described = Arc::new(next);
+    }
+
     /// Refuses a base that was changed since the overlay was created. A base in which a commit was
     /// interrupted has other bytes, but must be the same file.
     fn check_base_identity(&self, is_resumed: bool) -> Result<(), OperationError> {
@@ -164,10 +203,23 @@ impl Disk {
             OverlayFiles::Persistent(dir) => dir.stack.base.clone(),
             OverlayFiles::NoOverlay | OverlayFiles::Temporary { .. } => return Ok(()),
         };
+        let described = self.described_base();
+        if let (BaseRecord::Remote { identity, .. }, Some(remote)) = (&recorded, described.remote())
+        {
+            let now = match remote.identity_now() {
+                Err(error) if error.raw_os_error() == Some(libc::ESTALE) => {
+                    let what = "another image is there by now";
+                    return Err(changed_base(&described.location(), what));
+                }
+                now => now.map_err(OperationError::io("reading the base"))?,
+            };
+            let change = identity.differences(&now).filter(|_| !is_resumed);
+            return change.map_or(Ok(()), |what| Err(changed_base(&described.location(), &what)));
+        }
         let (
             BaseRecord::File { identity, path: recorded_path, .. },
             BaseDescription::File { path, file, .. },
-        ) = (recorded, &*self.described_base())
+        ) = (recorded, &*described)
         else {
             return Ok(());
         };
@@ -191,10 +243,7 @@ impl Disk {
         }
         match identity.differences(&now).filter(|_| !is_resumed) {
             None => Ok(()),
-            Some(what) => Err(OperationError::Refused(format!(
-                "its base '{}' has changed under it ({what}), and what would come out is neither: put the old one back, or take this one with cowslip rebase --force",
-                path.display()
-            ))),
+            Some(what) => Err(changed_base(path, &what)),
         }
     }
 
@@ -207,9 +256,10 @@ impl Disk {
     ) -> Result<(), OperationError> {
         let progress = |done, total| self.operations.report_progress(done, total);
         let stop = || operation.must_stop() || is_gone();
+        let start = base.view.as_ref().map_or(0, |view| view.start);
         let to = CommitTarget {
             layer: &*base.layer,
-            file: Some((&base.file, base.view.as_ref().map_or(0, |view| view.start))),
+            file: base.file.as_deref().map(|file| (file, start)),
             on_progress: &progress,
             should_stop: &stop,
         };
@@ -230,7 +280,10 @@ impl Disk {
     /// Truncates a base that is longer than its disk, and records the new identity of the base.
     fn finish_commit(&self, overlay: &Overlay, base: &WritableBase) -> Result<(), OperationError> {
         let in_base = || OperationError::io("making the base durable");
-        let is_file = base.file.metadata().is_ok_and(|found| found.is_file());
+        let is_file = base
+            .file
+            .as_ref()
+            .is_some_and(|file| file.metadata().is_ok_and(|found| found.is_file()));
         // Bytes after a part of a file belong to others and are not cut off.
         let is_whole = base.view.is_none();
         {
@@ -243,17 +296,45 @@ impl Disk {
         base.layer.sync().map_err(in_base())?;
         let size = base.layer.size();
         *self.history.reset_sizes.lock() = ResetSizes { size, lower_limit: size };
-        let identity = Identity::of(&base.file).map_err(OperationError::io("reading the base"))?;
-        if let OverlayFiles::Persistent(dir) = &mut *self.overlay_location.lock()
-            && let BaseRecord::File { path, format, offset, len, needs, .. } =
-                dir.stack.base.clone()
-        {
-            let base = BaseRecord::File { path, format, offset, len, identity, needs };
-            let stack = Stack { base, ..dir.stack.clone() };
-            self.replace_stack(dir, stack, None)?;
+        self.record_base_identity(base)?;
+        overlay.end_commit().map_err(OperationError::io("marking the commit's end"))?;
+        if let Some(disk) = &base.server {
+            match disk.end_commit() {
+                Ok(again) => self.read_base_as(RemoteImage::cached(again)),
+                // It is read without a cache until the next mount.
+                Err(error) => log::warn!("{}: {error}", self.source),
+            }
         }
-        overlay.end_commit().map_err(OperationError::io("marking the commit's end"))
+        Ok(())
     }
+
+    /// Records the identity that `base` has by now.
+    fn record_base_identity(&self, base: &WritableBase) -> Result<(), OperationError> {
+        let now = match (&base.file, &base.server) {
+            (Some(file), _) => Identity::of(file),
+            (None, Some(disk)) => RemoteImage::Direct(Arc::clone(disk)).identity_now(),
+            (None, None) => return Ok(()),
+        };
+        let now = now.map_err(OperationError::io("reading the base"))?;
+        let OverlayFiles::Persistent(dir) = &mut *self.overlay_location.lock() else {
+            return Ok(());
+        };
+        let mut stack = dir.stack.clone();
+        match &mut stack.base {
+            BaseRecord::File { identity, .. } | BaseRecord::Remote { identity, .. } => {
+                *identity = now;
+            }
+            BaseRecord::Blank { .. } => return Ok(()),
+        }
+        self.replace_stack(dir, stack, None)
+    }
+}
+
+fn changed_base(location: &Path, what: &str) -> OperationError {
+    OperationError::Refused(format!(
+        "its base '{}' has changed under it ({what}), and what would come out is neither: put the old one back, or take this one with cowslip rebase --force",
+        location.display()
+    ))
 }
 
 fn refused(line: &str) -> OperationError {
@@ -268,7 +349,8 @@ fn check_space(
     dir: Option<&Path>,
 ) -> Result<(), OperationError> {
     let looking = || OperationError::io("looking at the base");
-    let found = base.file.metadata().map_err(looking())?;
+    let Some(file) = &base.file else { return Ok(()) };
+    let found = file.metadata().map_err(looking())?;
     if !found.is_file() {
         return Ok(());
     }
@@ -297,7 +379,7 @@ fn check_space(
             }
         }
     }
-    let space = rustix::fs::fstatvfs(&*base.file).map_err(|error| looking()(error.into()))?;
+    let space = rustix::fs::fstatvfs(&**file).map_err(|error| looking()(error.into()))?;
     let free = space.f_bavail * space.f_frsize;
     if needed > free {
         return Err(OperationError::Refused(format!(

@@ -129,6 +129,11 @@ impl LayerStack {
         Self { top, sealed, bottom, all }
     }
 
+    /// The same layers above `bottom`, which reads the same.
+    pub(super) fn with_bottom(&self, top: Arc<Overlay>, bottom: Arc<dyn Layer>) -> Self {
+        Self::new(Top::Overlay(top), self.sealed_layers().to_vec(), Some(bottom))
+    }
+
     /// The layers of a read-only disk.
     pub(super) fn read_only(below: Vec<Arc<Overlay>>, bottom: Option<Arc<dyn Layer>>) -> Self {
         Self::new(Top::Nothing, below, bottom)

@@ -292,7 +292,7 @@ fn remote_identity(address: &str) -> Result<Identity, String> {
         return Err(format!("'{address}' is a command, which is started only by a mount"));
     }
     let remote = remote::open(&RemoteSpec::new(address)).map_err(|error| error.to_string())?;
-    let remote = RemoteImage::Cached(remote);
+    let remote = RemoteImage::cached(remote);
     remote.identity().map_err(|error| format!("'{}': {error}", remote.address()))
 }
 

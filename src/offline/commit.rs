@@ -24,8 +24,8 @@ impl OfflineCommit {
         let stack = persist::open_overlay_dir(dir).and_then(|dir| Stack::read(&dir));
         let stack = stack.map_err(failed())?;
         let base = match &stack.base {
-            BaseRecord::File { path, .. } => path,
-            BaseRecord::Remote { .. } => return Err(OfflineError::OnServer(dir.to_owned())),
+            BaseRecord::File { path, .. } => path.clone(),
+            BaseRecord::Remote { address, .. } => PathBuf::from(address),
             BaseRecord::Blank { .. } => {
                 return Err(OfflineError::NothingToCommitTo(dir.to_owned()));
             }
@@ -36,10 +36,10 @@ impl OfflineCommit {
         // The commit itself refuses a base that changed, even with force.
         let context = OpenContext { force: true, ..OpenContext::unmounted() };
         let disk = disk::open(&spec, &context)?.disk;
-        Ok(Self { disk, base: base.clone() })
+        Ok(Self { disk, base })
     }
 
-    /// Recorded path of the base, which the commit writes to.
+    /// Recorded path or address of the base, which the commit writes to.
     #[must_use]
     pub(crate) fn base(&self) -> &Path {
         &self.base

@@ -69,9 +69,6 @@ pub(crate) enum OfflineError {
     /// The overlay has a blank disk for its base.
     #[error("overlay '{}': its base is blank: there is nothing to commit to", .0.display())]
     NothingToCommitTo(PathBuf),
-    /// The base is on a server, and only read.
-    #[error("overlay '{}': its base is on a server, which is only read: mount it, and copy it out", .0.display())]
-    OnServer(PathBuf),
     /// The base has a format that this version does not read.
     #[error("overlay '{}' has a base of format {format}: use a newer cowslip", dir.display())]
     Format {

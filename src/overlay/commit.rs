@@ -289,8 +289,10 @@ impl Overlay {
         };
         let mut at = bytes.start + host::or_copied_none(copied)?;
         let mut buf = Vec::new();
+        // A server is sent as much as it can take at a time.
+        let chunk = if to.file.is_some() { host::COPY_CHUNK as u64 } else { COPY_STEP };
         while at < bytes.end {
-            let len = (bytes.end - at).min(host::COPY_CHUNK as u64);
+            let len = (bytes.end - at).min(chunk);
             buf.resize(usize::try_from(len).map_err(|_| os_error(libc::EFBIG))?, 0);
             self.data.read_at(&mut buf, at, Wait::Yes)?;
             to.layer.write_at(&buf, at, &super::merge::NothingBelow, Wait::Yes)?;

@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -12,7 +13,7 @@ use super::cache::{Cache, Urgency};
 use super::extent_cache::{ExtentCache, ExtentWalk};
 use super::fetcher::Fetcher;
 use super::plan::{Fetches, PlanLimits, Planner};
-use super::transport::Transport;
+use super::transport::{Transport, WritableTransport};
 use crate::arrival::Arrival;
 use crate::config::{RemoteAddress, RemoteSpec};
 use crate::extents::{Extent, ExtentKind};
@@ -25,9 +26,13 @@ use crate::layer::{CopyFn, Layer, Wait};
 /// What is cached is answered at once. For the rest a read under [`Wait::No`] answers `EAGAIN`, after
 /// it has begun to fetch it and has left the [`Arrival`] on the thread.
 pub struct RemoteBase {
-    address: RemoteAddress,
+    spec: RemoteSpec,
     identity: Identity,
     transport: Arc<dyn Transport>,
+    /// The same transport, where the server takes changes.
+    writable: Option<Arc<dyn WritableTransport>>,
+    /// Number of disks that have the image as their base.
+    pub(super) users: AtomicUsize,
     cache: Arc<Cache>,
     fetcher: Arc<Fetcher>,
     planner: Mutex<Planner>,
@@ -77,8 +82,10 @@ impl RemoteBase {
     ) -> Self {
         let limits = PlanLimits::new(transport.size(), spec.fetch, spec.ahead, transport.limits());
         Self {
-            address: spec.address.clone(),
+            spec: spec.clone(),
             identity,
+            writable: None,
+            users: AtomicUsize::new(0),
             fetcher: Fetcher::new(Arc::clone(&transport), Arc::clone(&cache)),
             transport,
             cache,
@@ -87,10 +94,25 @@ impl RemoteBase {
         }
     }
 
+    /// Adds the means to change the image, for a commit.
+    pub(super) fn with_writable(self, writable: Option<Arc<dyn WritableTransport>>) -> Self {
+        Self { writable, ..self }
+    }
+
     /// Returns the address.
     #[must_use]
     pub fn address(&self) -> &RemoteAddress {
-        &self.address
+        &self.spec.address
+    }
+
+    /// Returns what the base was opened with.
+    pub(super) fn spec(&self) -> &RemoteSpec {
+        &self.spec
+    }
+
+    /// Returns the transport that changes the image; `None` where the server takes no changes.
+    pub(super) fn writable(&self) -> Option<&Arc<dyn WritableTransport>> {
+        self.writable.as_ref()
     }
 
     /// Returns what the image was known by when it was opened.

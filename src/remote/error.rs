@@ -21,6 +21,14 @@ pub enum RemoteError {
         /// The problem, and what to do.
         why: String,
     },
+    /// Something that a disk does with the image is not possible now.
+    #[error("'{address}': {why}")]
+    Refused {
+        /// The address.
+        address: RemoteAddress,
+        /// The reason, and what to do.
+        why: String,
+    },
     /// What is fetched has no place on this host.
     #[error("'{address}': no place for what is fetched: {why}")]
     Cache {

@@ -3,31 +3,75 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::answer::answer_of;
 use super::base::{RemoteBase, RemoteStatus};
-use super::nbd::{IdentityCheck, ReadRanges};
-use super::transport::Transport;
+use super::transport::{IdentityCheck, ReadRanges, Transport};
 use super::writable::RemoteDisk;
 use crate::config::RemoteAddress;
 use crate::host::os_error;
 use crate::identity::{Identity, SampleHash, sample_positions};
+use crate::layer::Layer;
 
 /// An image on a server.
 #[derive(Clone)]
 pub enum RemoteImage {
     /// Only read, and cached on this host.
-    Cached(Arc<RemoteBase>),
+    Cached(Arc<SharedBase>),
     /// Read and written at the server.
     Direct(Arc<RemoteDisk>),
 }
 
+/// The use of an image by one disk, or by one disk and its snapshots.
+pub struct SharedBase(Arc<RemoteBase>);
+
+impl SharedBase {
+    /// Returns the image.
+    pub(super) fn base(&self) -> &Arc<RemoteBase> {
+        &self.0
+    }
+}
+
+impl Drop for SharedBase {
+    fn drop(&mut self) {
+        self.0.users.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl RemoteImage {
+    /// Makes the image of `base` for one more disk.
+    #[must_use]
+    pub fn cached(base: Arc<RemoteBase>) -> Self {
+        base.users.fetch_add(1, Ordering::SeqCst);
+        Self::Cached(Arc::new(SharedBase(base)))
+    }
+
+    /// Returns the layer that reads the image.
+    #[must_use]
+    pub fn layer(&self) -> Arc<dyn Layer> {
+        match self {
+            Self::Cached(shared) => Arc::clone(shared.base()) as Arc<dyn Layer>,
+            Self::Direct(disk) => Arc::clone(disk) as Arc<dyn Layer>,
+        }
+    }
+
+    /// Returns what the image is known by now, as the server shows it.
+    ///
+    /// # Errors
+    /// `ETIMEDOUT` and other errnos of the server.
+    pub fn identity_now(&self) -> io::Result<Identity> {
+        match self {
+            Self::Cached(shared) => identity_of(shared.base().transport()),
+            Self::Direct(disk) => identity_of(&**disk.transport()),
+        }
+    }
+
     /// Returns the address.
     #[must_use]
     pub fn address(&self) -> &RemoteAddress {
         match self {
-            Self::Cached(base) => base.address(),
+            Self::Cached(shared) => shared.base().address(),
             Self::Direct(disk) => disk.address(),
         }
     }
@@ -39,7 +83,7 @@ impl RemoteImage {
     /// `ETIMEDOUT` and other errnos of the server.
     pub fn identity(&self) -> io::Result<Identity> {
         match self {
-            Self::Cached(base) => Ok(base.identity().clone()),
+            Self::Cached(shared) => Ok(shared.base().identity().clone()),
             Self::Direct(disk) => identity_of(&**disk.transport()),
         }
     }
@@ -50,7 +94,7 @@ impl RemoteImage {
     /// `ETIMEDOUT` and other errnos of the server.
     pub fn sampled_identity(&self) -> io::Result<Identity> {
         match self {
-            Self::Cached(base) => sampled_identity_of(base.transport()),
+            Self::Cached(shared) => sampled_identity_of(shared.base().transport()),
             Self::Direct(disk) => sampled_identity_of(&**disk.transport()),
         }
     }
@@ -59,7 +103,7 @@ impl RemoteImage {
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
         match self {
-            Self::Cached(base) => base.cache().is_persistent(),
+            Self::Cached(shared) => shared.base().cache().is_persistent(),
             Self::Direct(disk) => disk.needs_maintenance(),
         }
     }
@@ -68,7 +112,7 @@ impl RemoteImage {
     /// an image that is written to can be known again. Waits for the host, but not for the server.
     pub fn maintain(&self) {
         match self {
-            Self::Cached(base) => base.cache().maintain(),
+            Self::Cached(shared) => shared.base().cache().maintain(),
             Self::Direct(disk) => disk.maintain(),
         }
     }
@@ -77,7 +121,7 @@ impl RemoteImage {
     #[must_use]
     pub fn status(&self) -> Option<RemoteStatus> {
         match self {
-            Self::Cached(base) => Some(base.status()),
+            Self::Cached(shared) => Some(shared.base().status()),
             Self::Direct(_) => None,
         }
     }

@@ -14,6 +14,8 @@
 mod answer;
 mod base;
 mod cache;
+mod commit;
+mod commit_guard;
 mod error;
 mod extent_cache;
 mod fetcher;

@@ -12,13 +12,14 @@ use parking_lot::Mutex;
 use super::RemoteDisk;
 use super::base::RemoteBase;
 use super::cache::{CacheError, CacheRegistry, Urgency};
+use super::commit_guard::check_not_committed;
 use super::error::RemoteError;
 use super::http::{HttpClient, HttpOptions};
 use super::image::{check_identity, identity_of};
 use super::nbd::{Access, NbdClient, NbdOptions, NbdTarget};
 use super::tls::TlsFiles;
-use super::transport::Transport;
-use crate::config::{Protocol, RemoteSpec};
+use super::transport::{Transport, WritableTransport};
+use crate::config::{Protocol, RemoteAddress, RemoteSpec};
 use crate::host::os_message;
 use crate::identity::{Identity, Mtime};
 
@@ -49,6 +50,8 @@ struct Opened {
     identity: Identity,
     /// The first bytes, where they came with the answer that said what there is.
     head: Vec<u8>,
+    /// The same transport, where the server takes changes.
+    writable: Option<Arc<dyn WritableTransport>>,
 }
 
 /// Opens the image that `spec` describes; waits for the server.
@@ -56,6 +59,7 @@ struct Opened {
 /// # Errors
 /// [`RemoteError`], for the user.
 pub fn open(spec: &RemoteSpec) -> Result<Arc<RemoteBase>, RemoteError> {
+    check_not_committed(&spec.address)?;
     let image = image_of(spec);
     // Of two disks that begin at once, the second waits for the image of the first.
     let mut image = image.lock();
@@ -91,44 +95,61 @@ fn image_of(spec: &RemoteSpec) -> OpenImage {
     image
 }
 
+/// Makes `base` the image that disks with `spec` share from now on.
+pub(super) fn replace_open(spec: &RemoteSpec, base: &Arc<RemoteBase>) {
+    let image = image_of(spec);
+    *image.lock() = Arc::downgrade(base);
+}
+
 /// Opens the image that `spec` describes for changes; waits for the server.
 ///
 /// # Errors
 /// [`RemoteError`], for the user.
 pub fn open_writable(spec: &RemoteSpec) -> Result<Arc<RemoteDisk>, RemoteError> {
     if spec.address.protocol() == Protocol::Http {
-        return Err(refused(spec, "an image behind HTTP is only read: take mode=ro or an overlay"));
+        let why = "an image behind HTTP is only read: take mode=ro or an overlay";
+        return Err(refused(&spec.address, why));
     }
     let client = Arc::new(connect_nbd(spec, Access::ReadWrite)?);
-    let disk = RemoteDisk::new(spec.address.clone(), client.clone())
-        .map_err(|error| unreadable(spec, &error))?;
+    let disk = RemoteDisk::new(spec.clone(), client.clone())
+        .map_err(|error| unreadable(&spec.address, &error))?;
     client.set_identity_check(disk.identity_check());
     Ok(Arc::new(disk))
 }
 
 fn open_cached(spec: &RemoteSpec) -> Result<RemoteBase, RemoteError> {
-    let address = &spec.address;
-    let Opened { transport, identity, head } = match address.protocol() {
+    let Opened { transport, identity, head, writable } = match spec.address.protocol() {
         Protocol::Nbd => open_nbd(spec)?,
         Protocol::Http => open_http(spec)?,
     };
+    let base = base_over(spec, identity, transport)?;
+    let cache = base.cache();
+    if !cache.missing(&(0..head.len() as u64)).is_empty() {
+        cache.store(0, head, Urgency::Ahead);
+    }
+    Ok(base.with_writable(writable))
+}
+
+/// Makes the base of the image behind `transport`, which was opened with `spec`.
+pub(super) fn base_over(
+    spec: &RemoteSpec,
+    identity: Identity,
+    transport: Arc<dyn Transport>,
+) -> Result<RemoteBase, RemoteError> {
+    let address = &spec.address;
     let no_place =
         |error: CacheError| RemoteError::Cache { address: address.clone(), why: error.to_string() };
     // The address as well: the samples of two images may be the same.
     let known_by = format!("{address}\n{}", identity.hash);
     let dir = spec.read_cache.as_deref();
     let cache = CACHES.open(dir, known_by.as_bytes(), transport.size(), spec.read_cache_size);
-    let cache = cache.map_err(no_place)?;
-    if !cache.missing(&(0..head.len() as u64)).is_empty() {
-        cache.store(0, head, Urgency::Ahead);
-    }
-    Ok(RemoteBase::new(spec, identity, transport, cache))
+    Ok(RemoteBase::new(spec, identity, transport, cache.map_err(no_place)?))
 }
 
 fn open_nbd(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
     let address = &spec.address;
     let client = connect_nbd(spec, Access::ReadOnly)?;
-    let identity = identity_of(&client).map_err(|error| unreadable(spec, &error))?;
+    let identity = identity_of(&client).map_err(|error| unreadable(&spec.address, &error))?;
     if client.tail() > 0 {
         let tail = client.tail();
         log::warn!(
@@ -136,7 +157,9 @@ fn open_nbd(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
         );
     }
     client.set_identity_check(check_identity(&client, &identity));
-    Ok(Opened { transport: Arc::new(client), identity, head: Vec::new() })
+    let client = Arc::new(client);
+    let writable = client.is_writable().then(|| Arc::clone(&client) as Arc<dyn WritableTransport>);
+    Ok(Opened { transport: client, identity, head: Vec::new(), writable })
 }
 
 fn open_http(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
@@ -151,8 +174,8 @@ fn open_http(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
         dir: spec.dir.clone(),
     };
     let opened = HttpClient::open(address, &options);
-    let (client, head) = opened.map_err(|error| refused(spec, &error.to_string()))?;
-    let mut identity = identity_of(&client).map_err(|error| unreadable(spec, &error))?;
+    let (client, head) = opened.map_err(|error| refused(&spec.address, &error.to_string()))?;
+    let mut identity = identity_of(&client).map_err(|error| unreadable(&spec.address, &error))?;
     if client.version().is_none() {
         identity.mtime = client.modified().map(|secs| Mtime { secs, nanos: 0 });
         let time = if identity.mtime.is_some() { "its time" } else { "no time" };
@@ -161,7 +184,7 @@ fn open_http(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
              by its size, {time}, and samples when it is mounted"
         );
     }
-    Ok(Opened { transport: Arc::new(client), identity, head })
+    Ok(Opened { transport: Arc::new(client), identity, head, writable: None })
 }
 
 fn connect_nbd(spec: &RemoteSpec, access: Access) -> Result<NbdClient, RemoteError> {
@@ -178,7 +201,8 @@ fn connect_nbd(spec: &RemoteSpec, access: Access) -> Result<NbdClient, RemoteErr
         tls: tls_files(spec),
         dir: spec.dir.clone(),
     };
-    NbdClient::open(&target, options).map_err(|error| refused(spec, &error.cause.to_string()))
+    NbdClient::open(&target, options)
+        .map_err(|error| refused(&spec.address, &error.cause.to_string()))
 }
 
 /// Returns how long a request may take, and how long a server is waited for that is not up.
@@ -194,10 +218,11 @@ fn tls_files(spec: &RemoteSpec) -> TlsFiles {
     }
 }
 
-fn refused(spec: &RemoteSpec, why: &str) -> RemoteError {
-    RemoteError::Server { address: spec.address.clone(), why: why.to_owned() }
+fn refused(address: &RemoteAddress, why: &str) -> RemoteError {
+    RemoteError::Server { address: address.clone(), why: why.to_owned() }
 }
 
-fn unreadable(spec: &RemoteSpec, error: &io::Error) -> RemoteError {
-    refused(spec, &format!("it cannot be read: {}", os_message(error)))
+/// Returns the error of an image that cannot be read.
+pub(super) fn unreadable(address: &RemoteAddress, error: &io::Error) -> RemoteError {
+    refused(address, &format!("it cannot be read: {}", os_message(error)))
 }

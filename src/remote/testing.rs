@@ -9,7 +9,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::transport::{
-    ChangeDone, ExtentsDone, ReadDone, RequestLimits, Transport, WritableTransport,
+    ChangeDone, ExtentsDone, IdentityCheck, ReadDone, RequestLimits, Transport, WritableTransport,
 };
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
@@ -149,6 +149,8 @@ impl WritableTransport for MemoryServer {
         let failing = self.failing.lock().iter().any(|(bad, _)| bad.is_empty());
         self.answer(done, if failing { Err(os_error(libc::EIO)) } else { Ok(()) });
     }
+
+    fn set_identity_check(&self, _: IdentityCheck) {}
 }
 
 /// Bytes of an image, all different enough that a shifted block shows.

@@ -157,7 +157,7 @@ fn the_identity_is_that_of_the_file_behind() {
         std::fs::write(file.path(), pattern(size)).unwrap();
         let limits = RequestLimits { alignment: 4096, max_len: 64 << 10, max_in_flight: 4 };
         let (_, base) = base(MemoryServer::new(pattern(size)).with_limits(limits));
-        let identity = RemoteImage::Cached(base).identity().unwrap();
+        let identity = RemoteImage::cached(base).identity().unwrap();
         let of_file = Identity::of(file.as_file()).unwrap();
         assert_eq!((identity.size, &identity.hash), (of_file.size, &of_file.hash));
         assert_eq!(of_file.differences(&identity), None);
@@ -218,7 +218,7 @@ proptest! {
         let mut model = pattern(1 << 20);
         let limits = RequestLimits { alignment, max_len: 128 << 10, max_in_flight: 3 };
         let server = Arc::new(MemoryServer::new(model.clone()).with_limits(limits));
-        let disk = RemoteDisk::new(address(), server.clone()).unwrap();
+        let disk = RemoteDisk::new(RemoteSpec::new(address()), server.clone()).unwrap();
         for op in ops {
             match op {
                 Op::Read(range) => {
@@ -249,7 +249,7 @@ proptest! {
 #[test]
 fn a_failed_flush_latches() {
     let server = Arc::new(MemoryServer::new(pattern(8192)));
-    let disk = RemoteDisk::new(address(), server.clone()).unwrap();
+    let disk = RemoteDisk::new(RemoteSpec::new(address()), server.clone()).unwrap();
     disk.write_at(&[1; 512], 0, &UnreachableBelow, Wait::Yes).unwrap();
     disk.sync().unwrap();
     server.failing.lock().push((0..0, libc::EIO));

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::extents::Extent;
@@ -13,6 +14,16 @@ pub(crate) type ReadDone = Box<dyn FnOnce(io::Result<Vec<u8>>) + Send>;
 pub(crate) type ExtentsDone = Box<dyn FnOnce(io::Result<Vec<Extent>>) + Send>;
 /// The receiver of the result of one change.
 pub(crate) type ChangeDone = Box<dyn FnOnce(io::Result<()>) + Send>;
+
+/// Reads ranges of a new connection, each inside the image, aligned, and not longer than a request
+/// may be; all of them at once.
+pub(crate) type ReadRanges<'a> = &'a mut dyn FnMut(&[Range<u64>]) -> io::Result<Vec<Vec<u8>>>;
+
+/// Says whether the image of a new connection is the one that was opened.
+///
+/// # Errors
+/// Those of reading; the connection is tried again then.
+pub(crate) type IdentityCheck = Arc<dyn Fn(ReadRanges<'_>) -> io::Result<bool> + Send + Sync>;
 
 /// The requests that a server takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,4 +100,7 @@ pub(crate) trait WritableTransport: Transport {
     /// # Errors
     /// Those of [`write`](Self::write), to `done`.
     fn flush(&self, done: ChangeDone);
+
+    /// Sets what is asked after each further or later connection whether the image is still the same.
+    fn set_identity_check(&self, check: IdentityCheck);
 }

@@ -22,8 +22,7 @@ use parking_lot::Mutex;
 
 use super::answer::answer_of;
 use super::image::Sample;
-use super::nbd::{IdentityCheck, ReadRanges};
-use super::transport::Transport;
+use super::transport::{IdentityCheck, ReadRanges, Transport};
 use crate::identity::SampleHash;
 
 /// A sample, and what is known of it.

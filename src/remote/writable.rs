@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 
 use super::answer::{Answer, answer_of};
+use super::commit_guard::CommitGuard;
 use super::extent_cache::{ExtentCache, ExtentWalk};
-use super::nbd::IdentityCheck;
-use super::transport::WritableTransport;
+use super::transport::{IdentityCheck, WritableTransport};
 use super::watched_samples::WatchedSamples;
-use crate::config::RemoteAddress;
+use crate::config::{RemoteAddress, RemoteSpec};
 use crate::extents::{Extent, ExtentKind};
 use crate::host::{is_fallocate_unsupported, os_error};
 use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
@@ -25,7 +25,7 @@ const ZEROS_LEN: u64 = 256 << 10;
 
 /// An image on a server, open for reading and writing.
 pub struct RemoteDisk {
-    address: RemoteAddress,
+    spec: RemoteSpec,
     transport: Arc<dyn WritableTransport>,
     extents: Mutex<(ExtentCache, ExtentWalk)>,
     /// Number of changes that have ended. Extents that were asked for before one are not remembered.
@@ -36,25 +36,25 @@ pub struct RemoteDisk {
     /// The samples by which the image is known after an outage.
     samples: Arc<WatchedSamples>,
     is_latched: AtomicBool,
+    /// Held while a commit writes to the image.
+    _guard: Option<CommitGuard>,
 }
 
 impl RemoteDisk {
-    /// Makes a disk of the image behind `transport`; reads its samples.
+    /// Makes a disk of the image behind `transport`, which was opened with `spec`; reads its samples.
     ///
     /// # Errors
     /// The errno of the server.
-    pub(super) fn new(
-        address: RemoteAddress,
-        transport: Arc<dyn WritableTransport>,
-    ) -> io::Result<Self> {
+    pub(super) fn new(spec: RemoteSpec, transport: Arc<dyn WritableTransport>) -> io::Result<Self> {
         Ok(Self {
             samples: WatchedSamples::read(&*transport)?,
-            address,
+            spec,
             transport,
             extents: Mutex::default(),
             changes: AtomicU64::new(0),
             whole_blocks: RwLock::new(()),
             is_latched: AtomicBool::new(false),
+            _guard: None,
         })
     }
 
@@ -66,7 +66,17 @@ impl RemoteDisk {
     /// Returns the address.
     #[must_use]
     pub fn address(&self) -> &RemoteAddress {
-        &self.address
+        &self.spec.address
+    }
+
+    /// Returns what the image was opened with.
+    pub(super) fn spec(&self) -> &RemoteSpec {
+        &self.spec
+    }
+
+    /// Keeps other disks from the image as long as this one is there.
+    pub(super) fn hold(&mut self, guard: CommitGuard) {
+        self._guard = Some(guard);
     }
 
     /// Returns the transport, for questions about the whole image.

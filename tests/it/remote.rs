@@ -116,10 +116,10 @@ fn changes_stay_in_the_overlay_and_belong_to_the_image() {
     lab.mount(&disk);
     assert_eq!(lab.sh("cat m/vm | md5sum"), shown);
     let line = lab.refused(1, "commit m/vm");
-    assert!(line.contains("is on a server, which is only read"), "{line}");
+    assert!(line.contains("exports it read-only"), "{line}");
     lab.umount();
     let line = lab.refused(1, "commit vm.cow");
-    assert!(line.contains("is on a server, which is only read"), "{line}");
+    assert!(line.contains("exports it read-only"), "{line}");
 }
 
 #[test]
@@ -479,4 +479,115 @@ fn a_server_that_hangs_delays_no_disk_of_another_one() {
     drop(connection);
     assert!(!waits.0.wait().unwrap().success());
     lab.umount();
+}
+
+/// Changes the disk `m/vm` of 8 MiB here and there, and returns its bytes.
+fn change(lab: &Lab) -> Vec<u8> {
+    let file = lab.open("m/vm");
+    file.write_all_at(&noise(100_000, 21), 11).unwrap();
+    file.write_all_at(&noise(3 << 20, 22), 3 * MIB).unwrap();
+    fallocate(
+        &file,
+        rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE,
+        MIB..2 * MIB,
+    )
+    .unwrap();
+    file.sync_all().unwrap();
+    read(&file, 0, 8 << 20)
+}
+
+#[test]
+fn a_commit_writes_the_changes_into_the_export() {
+    let lab = Lab::new();
+    for (at, words) in ["", ",read-cache=kept", ",offset=1M,len=8M"].into_iter().enumerate() {
+        let (size, start) = if at == 2 { (10 * MIB, 1 << 20) } else { (8 * MIB, 0) };
+        put(&lab.path("base.img"), &noise(size, 30 + at as u64));
+        let server = Server::qemu(&lab, "base.img", "--discard=unmap");
+        let disk = format!("vm={},overlay=vm{at}.cow{words}", address(&lab));
+        lab.mount(&disk);
+        // All of it is kept on this host.
+        lab.sh("cat m/vm > /dev/null");
+        let wanted = change(&lab);
+        let said = lab.ok("commit m/vm");
+        assert!(said.contains("MiB"), "{said}");
+        let on_server = fs::read(lab.path("base.img")).unwrap();
+        assert!(on_server[start..start + (8 << 20)] == wanted);
+        assert!(fs::read(lab.path("m/vm")).unwrap() == wanted);
+        assert_eq!(lab.disk("vm")["overlay"]["changed"], 0, "{}", lab.disk("vm"));
+        let again = change(&lab);
+        lab.sh("cat m/vm > /dev/null");
+        lab.umount();
+        lab.mount(&disk);
+        assert!(fs::read(lab.path("m/vm")).unwrap() == again);
+        lab.umount();
+        let offline = format!("commit vm{at}.cow");
+        if at < 2 {
+            lab.ok(&offline);
+            assert!(fs::read(lab.path("base.img")).unwrap() == again);
+        }
+        server.kill();
+    }
+}
+
+#[test]
+fn a_commit_into_an_export_is_refused_where_it_would_harm() {
+    let lab = Lab::new();
+    put(&lab.path("base.img"), &noise(8 * MIB, 1));
+    let server = Server::qemu(&lab, "base.img", "-r");
+    lab.mount(&format!("vm={},overlay=vm.cow", address(&lab)));
+    change(&lab);
+    let line = lab.refused(1, "commit m/vm");
+    assert!(line.contains("read-only"), "{line}");
+    lab.umount();
+    server.kill();
+    let _server = Server::qemu(&lab, "base.img", "");
+    lab.mount(&format!("vm={0},overlay=vm.cow other={0},mode=ro", address(&lab)));
+    let line = lab.refused(1, "commit m/vm");
+    assert!(line.contains("another disk of this mount"), "{line}");
+    assert!(fs::read(lab.path("m/other")).unwrap() == noise(8 * MIB, 1));
+    lab.ok("remove m/other");
+    // It was written to by somebody else.
+    put(&lab.path("base.img"), &noise(8 * MIB, 2));
+    let line = lab.refused(1, "commit m/vm");
+    assert!(line.contains("has changed under it"), "{line}");
+    lab.umount();
+    assert!(fs::read(lab.path("base.img")).unwrap() == noise(8 * MIB, 2));
+}
+
+#[test]
+fn a_commit_into_an_export_that_is_cut_short_can_be_finished() {
+    let lab = Lab::new();
+    put(&lab.path("base.img"), &noise(8 * MIB, 1));
+    let socket = lab.path("nbd.sock").display().to_string();
+    let failing = lab.path("failing").display().to_string();
+    let words = format!(
+        "-f -U {socket} --filter=error file base.img error-pwrite=EIO error-pwrite-rate=50% error-pwrite-file={failing}"
+    );
+    let server = Server::start(&lab, "nbdkit", &words);
+    let disk = format!("vm={},overlay=vm.cow,read-cache=kept", address(&lab));
+    lab.mount(&disk);
+    lab.sh("cat m/vm > /dev/null");
+    // Many runs, so that some arrive.
+    for at in 0..64 {
+        lab.open("m/vm").write_all_at(&noise(4096, at), at * (100 << 10)).unwrap();
+    }
+    let wanted = fs::read(lab.path("m/vm")).unwrap();
+    fs::write(&failing, "").unwrap();
+    lab.refused(1, "commit m/vm");
+    assert!(fs::read(lab.path("m/vm")).unwrap() == wanted);
+    lab.umount();
+    server.kill();
+    fs::remove_file(&failing).unwrap();
+    let server = Server::start(&lab, "nbdkit", &words);
+    let said = lab.mount(&disk);
+    assert!(said.contains("a commit into the base was cut short"), "{said}");
+    assert!(fs::read(lab.path("m/vm")).unwrap() == wanted);
+    lab.ok("commit m/vm");
+    assert!(fs::read(lab.path("base.img")).unwrap() == wanted);
+    assert!(fs::read(lab.path("m/vm")).unwrap() == wanted);
+    lab.umount();
+    lab.mount(&disk);
+    assert!(fs::read(lab.path("m/vm")).unwrap() == wanted);
+    lab.umount();
+    server.kill();
 }

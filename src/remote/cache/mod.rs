@@ -108,6 +108,8 @@ pub(crate) struct Cache {
     counters: Counters,
     /// Whether the file could not be read, and is used no more.
     is_broken: AtomicBool,
+    /// Whether the image is about to be changed, so that nobody may take what is here for it.
+    is_discarded: AtomicBool,
     /// What a cache with a name has on disk besides its bytes.
     persistent: Option<Persistent>,
     /// The limit of all caches in the directory, in bytes.
@@ -253,6 +255,21 @@ impl Cache {
             overflowed_bytes: of(&counters.overflowed_bytes),
             present_bytes: self.units.blocks() * BLOCK_SIZE,
         }
+    }
+
+    /// Makes sure that nobody finds what is here any more, neither in this process nor, durably, in the
+    /// directory: the image is about to be changed. Those who use the cache keep it.
+    ///
+    /// # Errors
+    /// The host's errno; what is here may be found again then.
+    pub(crate) fn discard(&self) -> io::Result<()> {
+        self.is_discarded.store(true, Ordering::Release);
+        self.persistent.as_ref().map_or(Ok(()), Persistent::discard)
+    }
+
+    /// Whether [`discard`](Self::discard) was called.
+    pub(super) fn is_discarded(&self) -> bool {
+        self.is_discarded.load(Ordering::Acquire)
     }
 
     /// Stops using the file, which the host cannot read: what is in it is fetched again, and kept in

@@ -133,6 +133,7 @@ impl Cache {
             victims: Mutex::default(),
             counters: Counters::default(),
             is_broken: AtomicBool::new(false),
+            is_discarded: AtomicBool::new(false),
             persistent: None,
             dir_cap: cap,
             has_idle_images: AtomicBool::new(false),

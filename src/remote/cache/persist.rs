@@ -42,6 +42,8 @@ struct MapFile {
     records: usize,
     /// The number of records at which the map is written anew.
     limit: usize,
+    /// Whether the map was removed for good.
+    is_discarded: bool,
 }
 
 impl Persistent {
@@ -87,7 +89,7 @@ impl Persistent {
         found.sort_unstable_by_key(|run| run.block);
         found.shrink_to_fit();
         let limit = (2 * found.len() + SPARE_RECORDS).min(max_records);
-        let map = Mutex::new(MapFile { file, records: count, limit });
+        let map = Mutex::new(MapFile { file, records: count, limit, is_discarded: false });
         let opened = Self { image, map, found, max_records, dir };
         opened.release_unknown(data)?;
         opened.append(&[], units);
@@ -141,9 +143,23 @@ impl Persistent {
         self.append(&[Record::Evicted { unit }], units);
     }
 
+    /// Removes the map, durably: without one nothing that is in the data counts.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub(super) fn discard(&self) -> io::Result<()> {
+        let mut map = self.map.lock();
+        map.is_discarded = true;
+        confined::remove_file(self.dir.files(), MAP_FILE)?;
+        self.dir.files().sync_all()
+    }
+
     /// Appends `records`, in one write. Best effort: what is not noted is fetched again next time.
     fn append(&self, records: &[Record], units: &Units) {
         let mut map = self.map.lock();
+        if map.is_discarded {
+            return;
+        }
         if map.records + records.len() > map.limit {
             self.rewrite(&mut map, units);
         }
@@ -161,7 +177,7 @@ impl Persistent {
         match self.write_new_map(&map.file, units) {
             Ok((file, records)) => {
                 let limit = (2 * records + SPARE_RECORDS).min(self.max_records);
-                *map = MapFile { file, records, limit };
+                *map = MapFile { file, records, limit, is_discarded: false };
             }
             Err(error) if map.limit < self.max_records => {
                 log::debug!("the map of a read cache is not written anew: {error}");

@@ -36,7 +36,8 @@ impl CacheRegistry {
         // A directory that does not exist yet is known by the path that was given.
         let real = dir.map(|dir| dir.canonicalize().unwrap_or_else(|_| dir.to_owned()));
         let key = (real, identity.to_vec(), size);
-        if let Some(cache) = caches.get(&key).and_then(Weak::upgrade) {
+        let open = caches.get(&key).and_then(Weak::upgrade);
+        if let Some(cache) = open.filter(|cache| !cache.is_discarded()) {
             return Ok(cache);
         }
         let cache = Arc::new(match dir {

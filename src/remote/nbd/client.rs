@@ -31,14 +31,14 @@ use super::codec::request::{Command, Durability, encode};
 use super::connection::Connection;
 use super::error::NbdError;
 use super::request::{Operation, Outcome};
-use super::server::{IdentityCheck, Opened, Server};
+use super::server::{Opened, Server};
 use super::state::State;
 use super::uri::NbdTarget;
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::program::stop::Stop;
 use crate::remote::transport::{
-    ChangeDone, ExtentsDone, ReadDone, RequestLimits, Transport, WritableTransport,
+    ChangeDone, ExtentsDone, IdentityCheck, ReadDone, RequestLimits, Transport, WritableTransport,
 };
 
 /// The longest range of one block status with compact headers, whose lengths have 32 bits, and with
@@ -106,9 +106,9 @@ impl NbdClient {
         self.shared.spawn("cowslip-nbd-time", |shared| shared.watch())
     }
 
-    /// Sets what is asked after each further or later connection whether the image is still the same.
-    pub(crate) fn set_identity_check(&self, check: IdentityCheck) {
-        *self.shared.check.lock() = Some(check);
+    /// Whether the server takes changes.
+    pub(crate) fn is_writable(&self) -> bool {
+        !self.shared.export.flags.is_read_only()
     }
 
     /// Returns the bytes at the end of the image that are less than a block of the server, which may
@@ -210,6 +210,10 @@ impl WritableTransport for NbdClient {
     fn flush(&self, done: ChangeDone) {
         let covers = self.shared.state.lock().answered_changes();
         self.shared.begin(Operation::Flush { covers, done });
+    }
+
+    fn set_identity_check(&self, check: IdentityCheck) {
+        *self.shared.check.lock() = Some(check);
     }
 }
 

@@ -31,5 +31,4 @@ mod tls;
 mod uri;
 
 pub(crate) use client::{Access, NbdClient, NbdOptions};
-pub(crate) use server::{IdentityCheck, ReadRanges};
 pub(crate) use uri::NbdTarget;

@@ -4,7 +4,6 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -21,16 +20,7 @@ use super::uri::{Address, NbdTarget};
 use crate::host::{os_error, os_message};
 use crate::program::stop::Stop;
 use crate::remote::tls::TlsFiles;
-
-/// Reads ranges of a new connection, each inside the image, aligned, and not longer than a request
-/// may be; all of them at once.
-pub(crate) type ReadRanges<'a> = &'a mut dyn FnMut(&[Range<u64>]) -> io::Result<Vec<Vec<u8>>>;
-
-/// Says whether the image of a new connection is the one that was opened.
-///
-/// # Errors
-/// Those of reading; the connection is tried again then.
-pub(crate) type IdentityCheck = Arc<dyn Fn(ReadRanges<'_>) -> io::Result<bool> + Send + Sync>;
+use crate::remote::transport::IdentityCheck;
 
 /// A connection after its handshake.
 pub(super) struct Opened {

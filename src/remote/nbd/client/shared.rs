@@ -15,8 +15,9 @@ use crate::remote::nbd::codec::replies::{Answer, Event};
 use crate::remote::nbd::connection::Connection;
 use crate::remote::nbd::error::NbdError;
 use crate::remote::nbd::request::{Operation, Outcome};
-use crate::remote::nbd::server::{IdentityCheck, Server};
+use crate::remote::nbd::server::Server;
 use crate::remote::nbd::state::{Outage, State};
+use crate::remote::transport::IdentityCheck;
 use crate::remote::transport::RequestLimits;
 
 /// The pause after a further connection could not be opened: some servers take only one client.
