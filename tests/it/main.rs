@@ -48,6 +48,7 @@ mod qcow2;
 mod reflink;
 mod remote;
 mod remote_http;
+mod remote_model;
 mod send;
 mod send_kill;
 mod send_sparse;
