@@ -75,6 +75,7 @@ mod printable;
 pub mod process;
 pub mod program;
 pub mod remote;
+mod sandbox;
 mod store;
 pub mod stream;
 pub mod transfer;

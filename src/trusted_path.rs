@@ -215,6 +215,29 @@ pub fn real_dir(path: &Path) -> io::Result<PathBuf> {
     confined::real_path(walk(path)?.file)
 }
 
+/// Where programs are besides the directories of `PATH`, which may be short in a service.
+const PROGRAM_DIRS: &[&str] = &["/usr/local/bin", "/usr/bin", "/bin", "/run/current-system/sw/bin"];
+
+/// Finds the program `name` in a directory of `PATH`, or where programs usually are. Returns its path,
+/// absolute and without links; `None` when it is nowhere, or only where another user could have put it.
+#[must_use]
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let usual = PROGRAM_DIRS.iter().map(PathBuf::from);
+    let dirs = std::env::split_paths(&path).filter(|dir| dir.is_absolute()).chain(usual);
+    dirs.into_iter().find_map(|dir| trusted_program(&dir.join(name)))
+}
+
+fn trusted_program(path: &Path) -> Option<PathBuf> {
+    let file = walk(path).ok()?.file;
+    let found = file.metadata().ok()?;
+    let real = confined::real_path(&file).ok()?;
+    let dir = open_dir(real.parent()?).ok()?;
+    let is_program = found.is_file() && found.mode() & 0o111 != 0;
+    let is_trusted = trust::check(&dir).is_ok() && trust::check_file(&file, &dir).is_ok();
+    (is_program && is_trusted).then_some(real)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::Metadata;

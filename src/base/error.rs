@@ -4,10 +4,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::BaseAccess;
+use super::foreign::ForeignError;
+use super::formats::BaseFormat;
 use super::lock::LockError;
 use super::qcow2::ChainError;
 use super::view::ViewError;
-use crate::config::{Format, RemoteAddress};
+use crate::config::Format;
 use crate::remote::RemoteError;
 
 /// The reason why a base cannot be opened; one line for the user.
@@ -61,12 +63,12 @@ pub enum BaseError {
         .0.display()
     )]
     Encrypted(PathBuf),
-    /// The format is not read by this version.
+    /// Forensic images, which other programs show as raw ones.
     #[error(
-        "'{}': {format} images are not read by this version: {} (or add ,format=raw for the bytes)",
-        path.display(), remedy_for(path, *format)
+        "'{}': {format} images are not read: let {} show it as a raw image, and name that (or add ,format=raw for the bytes)",
+        path.display(), reader_of(path, *format)
     )]
-    UnsupportedFormat {
+    Forensic {
         /// The path as given.
         path: PathBuf,
         /// The format that was given, or whose marks the file has.
@@ -74,8 +76,8 @@ pub enum BaseError {
     },
     /// The format is only read; QEMU writes such images.
     #[error(
-        "'{}' is a {format} image, which is only read: keep the changes in an overlay, and bring them in with cowslip diff and qemu-img commit",
-        path.display()
+        "'{}' is a {format} image, which is only read: keep the changes in an overlay, and then {}",
+        path.display(), BaseFormat::of(*format).way_of_changes()
     )]
     ReadOnlyFormat {
         /// The path as given.
@@ -103,6 +105,9 @@ pub enum BaseError {
     /// A qcow2 image, or a file that it needs, cannot be used.
     #[error(transparent)]
     Chain(#[from] ChainError),
+    /// QEMU cannot read the image, or is not there.
+    #[error(transparent)]
+    Foreign(#[from] ForeignError),
     /// The base has no such part.
     #[error("'{}' {error}", path.display())]
     Part {
@@ -155,12 +160,10 @@ fn verb(access: BaseAccess) -> &'static str {
     }
 }
 
-/// Returns what to do with an image at `path`, a path or an address, in a format that is not read.
-fn remedy_for(path: &Path, format: Format) -> String {
-    match path.to_str().is_some_and(|text| RemoteAddress::parse(text).is_ok()) {
-        true => format!("let qemu-nbd -r -f {format} be the server, which reads it"),
-        false => format!("convert it with {}", convert_command(path, format)),
-    }
+/// Returns the command that shows the image at `path`, in a forensic format, as a raw one.
+fn reader_of(path: &Path, format: Format) -> String {
+    let program = if format == Format::Aff { "affuse" } else { "ewfmount" };
+    format!("{program} {} DIR", shell_quote(path))
 }
 
 /// Returns the command that makes a raw image of `path`, to be pasted into a shell.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::error::BaseError;
 use super::image::BaseImage;
-use super::{BaseOptions, qcow2};
+use super::{BaseOptions, foreign, qcow2};
 use crate::config::Format;
 use crate::layer::{self, Layer};
 
@@ -27,8 +27,8 @@ pub struct BaseFormat {
     support: Support,
 }
 
-/// Bytes that files of a format have, from qemu's `block/*.c`, and cryptsetup's on-disk format for
-/// LUKS.
+/// Bytes that files of a format have, from qemu's `block/*.c`, cryptsetup's on-disk format for LUKS, and
+/// the documentation of libewf and AFFLIB for forensic images.
 enum Mark {
     /// At this offset, within the first 512 bytes.
     Head(usize, &'static [u8]),
@@ -44,8 +44,10 @@ enum Support {
     Read(Opener),
     /// Refused, since only its key opens it.
     Encrypted,
-    /// Refused: qemu-img converts it.
-    No,
+    /// Only read, by a program that is locked in.
+    Foreign,
+    /// Refused: forensic images, for which there are programs that show them as raw ones.
+    Forensic,
 }
 
 /// Opens an image, with the files that it needs.
@@ -65,14 +67,18 @@ const FORMATS: &[BaseFormat] = &[
     BaseFormat {
         format: Format::Qcow,
         marks: &[Mark::Head(0, b"QFI\xfb\0\0\0\x01")],
-        support: Support::No,
+        support: Support::Foreign,
     },
     BaseFormat {
         format: Format::Qcow2,
         marks: &[Mark::Head(0, b"QFI\xfb")],
         support: Support::Read(open_qcow2),
     },
-    BaseFormat { format: Format::Qed, marks: &[Mark::Head(0, b"QED\0")], support: Support::No },
+    BaseFormat {
+        format: Format::Qed,
+        marks: &[Mark::Head(0, b"QED\0")],
+        support: Support::Foreign,
+    },
     BaseFormat {
         format: Format::Vmdk,
         marks: &[
@@ -80,30 +86,48 @@ const FORMATS: &[BaseFormat] = &[
             Mark::Head(0, b"COWD"),
             Mark::Head(0, b"# Disk DescriptorFile"),
         ],
-        support: Support::No,
+        support: Support::Foreign,
     },
-    BaseFormat { format: Format::Vhdx, marks: &[Mark::Head(0, b"vhdxfile")], support: Support::No },
+    BaseFormat {
+        format: Format::Vhdx,
+        marks: &[Mark::Head(0, b"vhdxfile")],
+        support: Support::Foreign,
+    },
     BaseFormat {
         format: Format::Vhd,
         marks: &[Mark::Head(0, b"conectix"), Mark::Tail(b"conectix")],
-        support: Support::No,
+        support: Support::Foreign,
     },
     BaseFormat {
         format: Format::Vdi,
         marks: &[Mark::Head(64, &0xbeda_107f_u32.to_le_bytes())],
-        support: Support::No,
+        support: Support::Foreign,
     },
     BaseFormat {
         format: Format::Parallels,
         marks: &[Mark::Head(0, b"WithoutFreeSpace"), Mark::Head(0, b"WithouFreSpacExt")],
-        support: Support::No,
+        support: Support::Foreign,
     },
     BaseFormat {
         format: Format::Luks,
         marks: &[Mark::Head(0, b"LUKS\xba\xbe")],
         support: Support::Encrypted,
     },
-    BaseFormat { format: Format::Dmg, marks: &[Mark::Tail(b"koly")], support: Support::No },
+    BaseFormat { format: Format::Dmg, marks: &[Mark::Tail(b"koly")], support: Support::Foreign },
+    BaseFormat {
+        format: Format::Ewf,
+        marks: &[
+            Mark::Head(0, b"EVF\x09\x0d\x0a\xff\0"),
+            Mark::Head(0, b"EVF2\x0d\x0a\x81\0"),
+            Mark::Head(0, b"LVF\x09\x0d\x0a\xff\0"),
+        ],
+        support: Support::Forensic,
+    },
+    BaseFormat {
+        format: Format::Aff,
+        marks: &[Mark::Head(0, b"AFF10\x0d\x0a\0")],
+        support: Support::Forensic,
+    },
 ];
 
 impl BaseFormat {
@@ -117,7 +141,7 @@ impl BaseFormat {
     /// Whether this version reads images of this format.
     #[must_use]
     pub fn is_read(&self) -> bool {
-        matches!(self.support, Support::Bytes | Support::Read(_))
+        matches!(self.support, Support::Bytes | Support::Read(_) | Support::Foreign)
     }
 
     /// Whether the bytes of the file are those of the disk. Only then is a base written, read past
@@ -125,6 +149,22 @@ impl BaseFormat {
     #[must_use]
     pub fn is_plain(&self) -> bool {
         matches!(self.support, Support::Bytes)
+    }
+
+    /// Whether QEMU reads images of this format for us.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        matches!(self.support, Support::Foreign)
+    }
+
+    /// What to do with changes over a base of this format, which is only read.
+    #[must_use]
+    pub fn way_of_changes(&self) -> &'static str {
+        match self.format {
+            // QEMU reads them, too, and no more.
+            Format::Dmg => "copy the disk out",
+            _ => "cowslip diff FILE -o new.qcow2, then qemu-img commit new.qcow2",
+        }
     }
 
     /// Opens `image`, of a format that was checked.
@@ -138,7 +178,8 @@ impl BaseFormat {
     ) -> Result<OpenedImage, BaseError> {
         match self.support {
             Support::Read(open) => open(image, options),
-            Support::Bytes | Support::Encrypted | Support::No => {
+            Support::Foreign => foreign::open(image, self.format, options),
+            Support::Bytes | Support::Encrypted | Support::Forensic => {
                 Ok(OpenedImage { layer: image.layer, needs: Vec::new() })
             }
         }
@@ -167,10 +208,12 @@ pub(super) fn check_format(
     };
     let (path, looks) = (path.to_owned(), found.format);
     Ok(match found.support {
-        Support::Read(_) if format.is_none() => Err(BaseError::LooksLike { path, format: looks }),
-        Support::Bytes | Support::Read(_) => Ok(found),
+        Support::Read(_) | Support::Foreign if format.is_none() => {
+            Err(BaseError::LooksLike { path, format: looks })
+        }
+        Support::Bytes | Support::Read(_) | Support::Foreign => Ok(found),
         Support::Encrypted => Err(BaseError::Encrypted(path)),
-        Support::No => Err(BaseError::UnsupportedFormat { path, format: looks }),
+        Support::Forensic => Err(BaseError::Forensic { path, format: looks }),
     })
 }
 

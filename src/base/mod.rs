@@ -6,7 +6,7 @@
 //!        │ open, look again (file.rs), lock (lock.rs)
 //!        │ which format? (formats.rs: as given, or by its first and last bytes)
 //!        ▼                                   ▼
-//!     RawBase (raw/), or qcow2/           Blank (blank.rs)
+//!     RawBase (raw/), qcow2/, foreign/    Blank (blank.rs)
 //!        │ all of it, or a part?
 //!        ▼
 //!     RangeView (view.rs), by bytes or as partitions/ says
@@ -22,6 +22,7 @@
 pub mod blank;
 mod error;
 mod file;
+mod foreign;
 pub mod formats;
 mod image;
 pub mod lock;
@@ -41,6 +42,7 @@ use self::blank::Blank;
 pub use self::error::BaseError;
 pub use self::file::{BaseFile, WritableBase, open_writable};
 use self::file::{open_base_file, open_located};
+pub use self::foreign::ForeignError;
 use self::formats::{OpenedImage, check_format};
 pub use self::image::BaseImage;
 use self::view::RangeView;
@@ -353,13 +355,8 @@ mod tests {
 
     /// Whether `line` names `format` and says what to do with such an image.
     fn is_told_as(line: &str, format: &str) -> bool {
-        let what = match format {
-            "qcow2" => "looks like a qcow2 image: add ,format=qcow2 (or ".to_owned(),
-            _ => format!(
-                "': {format} images are not read by this version: convert it with qemu-img "
-            ),
-        };
-        line.contains(&what) && line.contains(",format=raw for the bytes)")
+        let what = format!("looks like a {format} image: add ,format={format} (or ,format=raw");
+        line.contains(&what) && !line.contains('\n')
     }
 
     #[test]
@@ -409,22 +406,36 @@ mod tests {
     }
 
     #[test]
-    fn an_unreadable_format_is_reported_with_the_command_that_converts_it() {
+    fn a_forensic_image_is_refused_with_the_program_that_shows_it() {
         let dir = dir();
-        let path = dir.path().join("my vm.vhdx");
-        fs::write(&path, b"vhdxfile").unwrap();
-        let Err(error) = open_path(&path, Some(Format::Vhdx)) else {
-            panic!("it was opened");
-        };
-        let place = dir.path().display();
-        let want = format!(
-            "'{place}/my vm.vhdx': vhdx images are not read by this version: convert it with \
-             qemu-img convert -f vhdx -O raw '{place}/my vm.vhdx' '{place}/my vm.img' \
-             (or add ,format=raw for the bytes)"
-        );
-        assert_eq!(error.to_string(), want);
+        let path = dir.path().join("my disk.E01");
+        let shown = path.display();
+        for (bytes, format, program) in [
+            (&b"EVF\x09\x0d\x0a\xff\0\x01"[..], Format::Ewf, "ewfmount"),
+            (b"EVF2\x0d\x0a\x81\0\x02", Format::Ewf, "ewfmount"),
+            (b"AFF10\x0d\x0a\0", Format::Aff, "affuse"),
+        ] {
+            fs::write(&path, bytes).unwrap();
+            let want = format!(
+                "'{shown}': {format} images are not read: let {program} '{shown}' DIR show it as a \
+                 raw image, and name that (or add ,format=raw for the bytes)"
+            );
+            assert_eq!(refusal(&path), want);
+            let error = open_path(&path, Some(format)).err().unwrap();
+            assert_eq!(error.to_string(), want);
+            open_path(&path, Some(Format::Raw)).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_told_with_the_command_that_converts_it() {
         let line = convert_command(Path::new("/p/x.img"), Format::Vdi);
         assert_eq!(line, "qemu-img convert -f vdi -O raw /p/x.img /p/x.raw");
+        let (path, format) = (PathBuf::from("/p/my vm.vhdx"), Format::Vhdx);
+        let missing = ForeignError::NoProgram { path, format }.to_string();
+        let want = "install qemu-utils, or convert the image with qemu-img convert -f vhdx -O raw \
+                    '/p/my vm.vhdx' '/p/my vm.img'";
+        assert!(missing.ends_with(want), "{missing}");
     }
 
     #[test]

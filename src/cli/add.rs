@@ -18,7 +18,7 @@ pub(super) struct AddArgs {
     /// Use a base that changed under its overlay
     #[arg(long)]
     force: bool,
-    /// Let an image have its backing files below DIR, besides its own directory
+    /// Let an image have files that it names below DIR; those of a qcow2 image may lie beside it, too
     #[arg(long, value_name = "DIR")]
     allow_backing: Vec<PathBuf>,
     #[command(flatten)]

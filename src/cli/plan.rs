@@ -57,7 +57,7 @@ pub(super) struct CommonArgs {
     /// Keep files that are created in the mount in DIR
     #[arg(long, value_name = "DIR")]
     pub(super) store: Option<PathBuf>,
-    /// Let an image have its backing files below DIR, besides its own directory
+    /// Let an image have files that it names below DIR; those of a qcow2 image may lie beside it, too
     #[arg(long, value_name = "DIR")]
     pub(super) allow_backing: Vec<PathBuf>,
     /// What the kernel caches: auto, none or writeback

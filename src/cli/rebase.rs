@@ -22,7 +22,7 @@ pub(super) struct RebaseArgs {
     /// Also to one that is not what the base was: what the overlay holds may be nonsense there
     #[arg(long)]
     force: bool,
-    /// Let an image have its backing files below DIR, besides its own directory
+    /// Let an image have files that it names below DIR; those of a qcow2 image may lie beside it, too
     #[arg(long, value_name = "DIR")]
     allow_backing: Vec<PathBuf>,
     #[command(flatten)]

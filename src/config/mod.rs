@@ -255,6 +255,10 @@ pub enum Format {
     Luks,
     /// Apple's format.
     Dmg,
+    /// Expert Witness, EnCase's format.
+    Ewf,
+    /// Advanced Forensic Format.
+    Aff,
 }
 
 impl Format {
@@ -273,6 +277,10 @@ impl Format {
         ("parallels", Self::Parallels),
         ("luks", Self::Luks),
         ("dmg", Self::Dmg),
+        ("ewf", Self::Ewf),
+        ("e01", Self::Ewf),
+        ("E01", Self::Ewf),
+        ("aff", Self::Aff),
     ];
 }
 

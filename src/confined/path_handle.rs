@@ -138,6 +138,15 @@ pub fn mount_id(fd: impl AsFd) -> io::Result<u64> {
     Ok(id.ok_or(Errno::NOSYS)?)
 }
 
+/// Opens the file of `fd` once more, with `O_PATH`: a descriptor that gives no access to it.
+///
+/// # Errors
+/// The host's errno.
+pub(crate) fn open_path(fd: impl AsFd) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(proc_fd_path(fd), flags, Mode::empty())?)
+}
+
 /// Returns the path by which the kernel opens a descriptor's file once more (proc(5)).
 fn proc_fd_path(fd: impl AsFd) -> String {
     format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())

@@ -75,6 +75,7 @@ impl Control {
             warning: disk.no_space_status(),
             openers: disk.handle_count().into(),
             base: Some(disk.base_description()),
+            format: disk.base_format().map(|format| format.to_string()),
             remote: disk.remote_status().map(RemoteBaseStatus::from),
             overlay: block_overlay_status(disk).or_else(|| reflink_status(disk)),
             stream: disk.stream().map(stream_status),

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::base::formats::BaseFormat;
 use crate::base::{Base, BaseOptions};
 use crate::config::Format;
 use crate::identity::Identity;
@@ -98,6 +99,12 @@ impl BaseDescription {
             Self::Remote { .. } => return 512,
             Self::Blank(_) => return u32::MAX,
         };
+        if let Self::File { format, .. } = self
+            && BaseFormat::of(*format).is_foreign()
+        {
+            // QEMU tells holes in sectors.
+            return 512;
+        }
         let unit = file.metadata().map_or(0, |found| found.blksize());
         let start = view.as_ref().map_or(0, |view| view.start);
         grain_at(start, u32::try_from(unit).unwrap_or(u32::MAX))
@@ -170,6 +177,14 @@ impl BaseDescription {
             Self::File { path, .. } => path.clone(),
             Self::Remote { remote, .. } => PathBuf::from(remote.address().as_str()),
             Self::Blank(_) => PathBuf::new(),
+        }
+    }
+
+    /// The format; `None` for zeros.
+    pub(super) fn format(&self) -> Option<Format> {
+        match self {
+            Self::File { format, .. } | Self::Remote { format, .. } => Some(*format),
+            Self::Blank(_) => None,
         }
     }
 

@@ -68,7 +68,8 @@ impl Disk {
         };
         if !BaseFormat::of(*format).is_plain() {
             return Err(OperationError::Refused(format!(
-                "its base is a {format} image, which only QEMU writes: cowslip diff FILE -o new.qcow2, then qemu-img commit new.qcow2"
+                "its base is a {format} image, which is only read: {}",
+                BaseFormat::of(*format).way_of_changes()
             )));
         }
         self.check_base_identity(overlay.is_committing())?;

@@ -89,7 +89,9 @@ use self::references::References;
 pub use self::references::{HandleAccess, InUse};
 pub use self::space::FsSpace;
 use self::space::SpaceFailures;
-use crate::config::{CopyUp, DirectIo, DiskMode, DiskSpec, Passthrough, RemoteAddress, Resize};
+use crate::config::{
+    CopyUp, DirectIo, DiskMode, DiskSpec, Format, Passthrough, RemoteAddress, Resize,
+};
 use crate::layer::{Wait, WritableLayer};
 use crate::overlay::persist::Holder;
 use crate::overlay::recover::Recovered;
@@ -370,6 +372,12 @@ impl Disk {
     #[must_use]
     pub fn remote_status(&self) -> Option<RemoteStatus> {
         self.described_base().remote().and_then(RemoteImage::status)
+    }
+
+    /// Returns the format of the disk's base; `None` for zeros.
+    #[must_use]
+    pub fn base_format(&self) -> Option<Format> {
+        self.described_base().format()
     }
 
     /// Describes the disk's base for `status`.

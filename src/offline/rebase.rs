@@ -380,11 +380,11 @@ mod tests {
                 .unwrap_err()
                 .contains("over a blank disk")
         );
-        let home = make("vhdx");
+        let home = make("luks");
         assert!(
             try_rebase(home.path(), "a", OnMismatch::Accept)
                 .unwrap_err()
-                .contains("of format vhdx")
+                .contains("of format luks")
         );
         let home = make("raw");
         let dir = home.path().join("o");

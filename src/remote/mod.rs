@@ -10,6 +10,8 @@
 //!                 ├── nbd/    the protocols
 //!                 └── http/
 //! ```
+//!
+//! A file of this host that a program reads is asked in the same way (`served.rs`).
 
 mod answer;
 mod base;
@@ -24,6 +26,7 @@ mod image;
 mod nbd;
 mod open;
 mod plan;
+mod served;
 mod tls;
 mod transport;
 mod watched_samples;
@@ -34,8 +37,10 @@ pub use self::error::RemoteError;
 pub use self::image::RemoteImage;
 #[doc(hidden)]
 pub use self::nbd::fuzzing;
-pub(crate) use self::open::set_io_timeout;
+pub(crate) use self::nbd::{IMAGE_PATH, Jail, SHELL, ServerProgram};
 pub use self::open::{open, open_writable};
+pub(crate) use self::open::{serve, set_io_timeout};
+pub(crate) use self::served::ServedImage;
 pub use self::writable::RemoteDisk;
 
 /// The granularity of what is fetched and kept, in bytes: a page.

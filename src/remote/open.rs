@@ -16,7 +16,8 @@ use super::commit_guard::check_not_committed;
 use super::error::RemoteError;
 use super::http::{HttpClient, HttpOptions};
 use super::image::{check_identity, identity_of};
-use super::nbd::{Access, NbdClient, NbdOptions, NbdTarget};
+use super::nbd::{Access, NbdClient, NbdOptions, NbdTarget, ServerProgram};
+use super::served::ServedImage;
 use super::tls::TlsFiles;
 use super::transport::{Transport, WritableTransport};
 use crate::config::{Protocol, RemoteAddress, RemoteSpec};
@@ -34,6 +35,9 @@ pub(crate) fn set_io_timeout(timeout: Duration) {
 
 /// The time for which a mount waits for a server that is not up.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// The time in which a program of this host must have opened its image.
+const LOCAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What was fetched, by directory and image.
 static CACHES: LazyLock<CacheRegistry> = LazyLock::new(CacheRegistry::default);
@@ -185,6 +189,27 @@ fn open_http(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
         );
     }
     Ok(Opened { transport: Arc::new(client), identity, head, writable: None })
+}
+
+/// Starts `program`, which becomes the server of an image of this host, and opens that. `shown` is for
+/// messages.
+///
+/// # Errors
+/// Text without `shown`: what is wrong, or the last words of the program.
+pub(crate) fn serve(program: ServerProgram, shown: &str) -> Result<ServedImage, String> {
+    let (io_timeout, _) = timeouts();
+    let options = NbdOptions {
+        io_timeout,
+        open_timeout: io_timeout.min(LOCAL_TIMEOUT),
+        connections: 1,
+        access: Access::ReadOnly,
+        tls: TlsFiles::default(),
+        dir: program.dir.clone(),
+    };
+    match NbdClient::start_program(program, shown, options) {
+        Ok(client) => Ok(ServedImage::new(Box::new(client))),
+        Err(error) => Err(error.cause.to_string()),
+    }
 }
 
 fn connect_nbd(spec: &RemoteSpec, access: Access) -> Result<NbdClient, RemoteError> {

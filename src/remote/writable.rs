@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
-use super::answer::{Answer, answer_of};
+use super::answer::{Answer, answer_of, read_range};
 use super::commit_guard::CommitGuard;
 use super::extent_cache::{ExtentCache, ExtentWalk};
 use super::transport::{IdentityCheck, WritableTransport};
@@ -92,28 +92,6 @@ impl RemoteDisk {
         u64::from(self.transport.limits().max_len).max(self.alignment())
     }
 
-    /// Reads `range`, aligned or not, and waits for all of it.
-    fn read(&self, range: &Range<u64>) -> io::Result<Vec<u8>> {
-        let (size, alignment) = (self.size(), self.alignment());
-        let outer =
-            range.start - range.start % alignment..range.end.next_multiple_of(alignment).min(size);
-        let step = self.max_len() - self.max_len() % alignment;
-        let starts = (outer.start..outer.end).step_by(usize::try_from(step).unwrap_or(usize::MAX));
-        let parts: Vec<_> = starts
-            .map(|at| {
-                let part = at..outer.end.min(at + step);
-                answer_of(|done| self.transport.read(part, done))
-            })
-            .collect();
-        let mut bytes = Vec::new();
-        for part in parts {
-            bytes.extend(part.wait()?);
-        }
-        bytes.truncate(usize::try_from(range.end - outer.start).unwrap_or(usize::MAX));
-        bytes.drain(..usize::try_from(range.start - outer.start).unwrap_or(usize::MAX));
-        Ok(bytes)
-    }
-
     /// Writes `buf` at `offset` in whole blocks of the server's; the bytes beside it in the first and
     /// the last block stay what they are.
     fn write(&self, buf: &[u8], offset: u64) -> io::Result<()> {
@@ -128,9 +106,9 @@ impl RemoteDisk {
         let _exclusive = self.whole_blocks.write();
         let start = range.start - range.start % alignment;
         let end = range.end.next_multiple_of(alignment).min(size);
-        let mut bytes = self.read(&(start..range.start))?;
+        let mut bytes = read_range(&*self.transport, &(start..range.start))?;
         bytes.extend_from_slice(buf);
-        bytes.extend(self.read(&(range.end..end))?);
+        bytes.extend(read_range(&*self.transport, &(range.end..end))?);
         self.write_blocks(&bytes, start)
     }
 
@@ -276,7 +254,7 @@ impl Layer for RemoteDisk {
             return Err(os_error(libc::EAGAIN));
         }
         let range = offset..asked.end.min(self.size());
-        let bytes = self.read(&range)?;
+        let bytes = read_range(&*self.transport, &range)?;
         buf.get_mut(..bytes.len()).ok_or_else(|| os_error(libc::EIO))?.copy_from_slice(&bytes);
         Ok(Extent::new(range, ExtentKind::Data))
     }

@@ -63,10 +63,7 @@ fn base_of_another_format_is_rejected_with_a_remedy() {
         printf 'LUKS\\272\\276\\000\\001' > a.luks; truncate -s 1M a.luks
     ");
     for format in ["qcow2", "vmdk", "vhdx", "vdi"] {
-        let hint = match format {
-            "qcow2" => "add ,format=qcow2".to_owned(),
-            _ => format!("qemu-img convert -f {format} -O raw "),
-        };
+        let hint = format!("add ,format={format}");
         let raw = "format=raw";
         refuse(&lab, 1, &format!("a.{format}"), &[&hint, raw, &format!("a.{format}")]);
         refuse(&lab, 1, &format!("a.{format},mode=rw"), &[raw]);
@@ -75,7 +72,8 @@ fn base_of_another_format_is_rejected_with_a_remedy() {
         lab.umount();
     }
     refuse(&lab, 1, "a.luks", &["luks", "cryptsetup", "format=raw"]);
-    refuse(&lab, 1, "a.vdi,format=vdi", &["a.vdi", "convert"]);
+    refuse(&lab, 1, "a.vdi,format=vhdx", &["a.vdi", "as a vhdx image"]);
+    refuse(&lab, 1, "a.vdi,format=E01", &["a.vdi", "ewfmount"]);
     refuse(&lab, 2, "a.vdi,format=vdx", &["vdx"]);
 }
 

@@ -27,6 +27,7 @@ mod crash_mount;
 mod diff;
 mod direct;
 mod documents;
+mod foreign;
 mod formats;
 mod hostile;
 mod hostile_mount;

@@ -188,7 +188,7 @@ fn partition_of_a_qcow2_image_can_be_a_disk() {
     lab.mount("one=vm.qcow2,format=qcow2,partition=1,overlay=ov");
     assert_eq!(lab.sh("md5sum < m/one"), before);
     let line = lab.refused(1, "commit m/one");
-    assert!(line.contains("qcow2 image, which only QEMU writes"), "{line}");
+    assert!(line.contains("qcow2 image, which is only read"), "{line}");
     lab.umount();
     lab.refused(1, "mount m one=vm.qcow2,format=qcow2,partition=1,mode=rw");
 }

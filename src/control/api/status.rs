@@ -59,6 +59,9 @@ pub(crate) struct DiskStatus {
     /// The number of open handles.
     pub(crate) openers: u64,
     pub(crate) base: Option<String>,
+    /// The format of the base, a value of the key `format`; left out for a blank disk and for a stream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) format: Option<String>,
     /// What was fetched of a base on a server; left out for other disks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) remote: Option<RemoteBaseStatus>,

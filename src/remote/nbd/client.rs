@@ -30,6 +30,7 @@ use self::shared::Shared;
 use super::codec::request::{Command, Durability, encode};
 use super::connection::Connection;
 use super::error::NbdError;
+use super::exec::ServerProgram;
 use super::request::{Operation, Outcome};
 use super::server::{Opened, Server};
 use super::state::State;
@@ -64,14 +65,38 @@ impl NbdClient {
     /// # Errors
     /// One line: what is wrong with the server, or how long it was waited for.
     pub(crate) fn open(target: &NbdTarget, options: NbdOptions) -> Result<Self, NbdOpenError> {
+        let dir = options.dir.clone();
+        let tls = options.tls.clone();
+        Self::open_server(&target.to_string(), options, |stop| {
+            Server::new(target, &dir, &tls, stop)
+        })
+    }
+
+    /// Starts `program`, which becomes the server, and connects to it. `shown` is for messages.
+    ///
+    /// # Errors
+    /// As of [`open`](Self::open).
+    pub(crate) fn start_program(
+        program: ServerProgram,
+        shown: &str,
+        options: NbdOptions,
+    ) -> Result<Self, NbdOpenError> {
+        let name = shown.to_owned();
+        Self::open_server(shown, options, |stop| Ok(Server::of_program(program, name, stop)))
+    }
+
+    fn open_server(
+        target: &str,
+        options: NbdOptions,
+        server: impl FnOnce(Stop) -> Result<Server, NbdError>,
+    ) -> Result<Self, NbdOpenError> {
         let began = Instant::now();
         let failed =
-            |cause| NbdOpenError { target: target.to_string(), cause, waited: began.elapsed() };
+            |cause| NbdOpenError { target: target.to_owned(), cause, waited: began.elapsed() };
         let resources =
             |error: io::Error| failed(NbdError::Broken(crate::host::os_message(&error)));
         let stop = Stop::new().map_err(resources)?;
-        let server =
-            Server::new(target, &options.dir, &options.tls, stop.clone()).map_err(failed)?;
+        let server = server(stop.clone()).map_err(failed)?;
         let opened = wait_for_server(&server, &options).map_err(failed)?;
         if options.access == Access::ReadWrite && opened.export.flags.is_read_only() {
             return Err(failed(NbdError::ReadOnly));

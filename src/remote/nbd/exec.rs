@@ -11,14 +11,17 @@
 //! is dropped, the kernel kills the program when our thread ends (PR_SET_PDEATHSIG), and the guard of
 //! `program/guard.rs` kills the whole group when the daemon is killed. A program that ends by itself
 //! is an outage: it is started again with the next connection.
+//!
+//! A program that is locked in has the image as descriptor 4 as well, opened with `O_PATH`: neither a
+//! new name nor a lock gets at another file. It is ended, too, when it does not answer a handshake.
 
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -28,16 +31,29 @@ use rustix::net::{
 };
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
+use super::error::NbdError;
+use crate::confined::PathHandle;
 use crate::host::os_message;
 use crate::printable;
 use crate::process::restore_caller_limits;
 use crate::program::guard::{self, GuardProcess};
 use crate::program::stderr::StderrTail;
+use crate::sandbox::Sandbox;
 
 /// Makes the socket, which comes as the standard input, descriptor 3, and tells the program so. Only
 /// the process itself knows its number for LISTEN_PID.
 const ACTIVATE: &str = "LISTEN_PID=$$ LISTEN_FDS=1; export LISTEN_PID LISTEN_FDS; \
                         unset LISTEN_FDNAMES; exec \"$@\" 3<&0 </dev/null";
+
+/// The same, where the image comes as the standard output: descriptor 4.
+const ACTIVATE_WITH_IMAGE: &str = "LISTEN_PID=$$ LISTEN_FDS=1; export LISTEN_PID LISTEN_FDS; \
+                                   exec \"$@\" 3<&0 4<&1 </dev/null >&2";
+
+/// The path at which a program that is locked in opens the image.
+pub(crate) const IMAGE_PATH: &str = "/proc/self/fd/4";
+
+/// What a program needs that is locked in to be started: the shell sets the number of the process.
+pub(crate) const SHELL: &str = "/bin/sh";
 
 /// Connections that wait until the program takes them.
 const BACKLOG: i32 = 16;
@@ -48,11 +64,34 @@ const TERM_TIMEOUT: Duration = Duration::from_secs(2);
 /// The time that a program has to end after its connection broke, so that its last words are told.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 
+/// Judges the files that a program has open once it serves the image: text to follow "the image is
+/// another one by now" when they are not what they were.
+pub(crate) type FilesCheck = Arc<dyn Fn(Vec<PathHandle>) -> Result<(), String> + Send + Sync>;
+
+/// A program that becomes the server.
+#[derive(Clone)]
+pub(crate) struct ServerProgram {
+    /// The program; `None` finds the first of `words` as a shell does.
+    pub(crate) file: Option<PathBuf>,
+    /// The name of the program, which messages show, and its arguments.
+    pub(crate) words: Vec<OsString>,
+    /// Its working directory.
+    pub(crate) dir: PathBuf,
+    /// What locks it in; `None` for one that the user named.
+    pub(crate) jail: Option<Arc<Jail>>,
+}
+
+/// What locks a program in, and what it has there.
+pub(crate) struct Jail {
+    pub(crate) sandbox: Sandbox,
+    /// The image, opened with `O_PATH`.
+    pub(crate) image: OwnedFd,
+    pub(crate) check: FilesCheck,
+}
+
 /// A server that is started when it is needed.
-#[derive(Debug)]
 pub(super) struct ExecServer {
-    words: Vec<OsString>,
-    dir: PathBuf,
+    program: ServerProgram,
     running: Option<Running>,
 }
 
@@ -69,14 +108,14 @@ struct Running {
 }
 
 impl ExecServer {
-    /// Names the program `words`, to be run in `dir`.
-    pub(super) fn new(words: Vec<OsString>, dir: &Path) -> Self {
-        Self { words, dir: dir.to_owned(), running: None }
+    /// Names the program, which is not started yet.
+    pub(super) fn new(program: ServerProgram) -> Self {
+        Self { program, running: None }
     }
 
     fn name(&self) -> String {
-        let name = self.words.first().map(|name| name.to_string_lossy()).unwrap_or_default();
-        printable::line(&name).into_owned()
+        let name = self.program.words.first().map(|name| name.to_string_lossy());
+        printable::line(&name.unwrap_or_default()).into_owned()
     }
 
     /// Returns a path of the socket, after starting the program unless it runs.
@@ -86,13 +125,36 @@ impl ExecServer {
     pub(super) fn start(&mut self) -> Result<PathBuf, String> {
         if self.running.as_ref().is_none_or(Running::has_ended) {
             self.running = None;
-            let running = Running::start(&self.words, &self.dir);
+            let running = Running::start(&self.program);
             let failed =
                 |error: io::Error| format!("cannot run '{}': {}", self.name(), os_message(&error));
             self.running = Some(running.map_err(failed)?);
         }
         let socket = self.running.as_ref().map_or(-1, |running| running.socket.as_raw_fd());
         Ok(format!("/proc/self/fd/{socket}").into())
+    }
+
+    /// Checks the files of a program that is locked in and runs.
+    ///
+    /// # Errors
+    /// [`NbdError::Changed`] with the text of the check; [`NbdError::Program`] when they cannot be seen.
+    pub(super) fn check_files(&self) -> Result<(), NbdError> {
+        let (Some(jail), Some(running)) = (&self.program.jail, &self.running) else {
+            return Ok(());
+        };
+        let files = open_files(running.child.id()).map_err(|error| {
+            let (name, why) = (self.name(), os_message(&error));
+            NbdError::Program(format!("the files that '{name}' has open cannot be seen: {why}"))
+        })?;
+        (jail.check)(files).map_err(NbdError::Changed)
+    }
+
+    /// Ends a program that is locked in and does not answer: one that works on a hostile image for ever
+    /// would never do so.
+    pub(super) fn end_if_locked_in(&mut self) {
+        if self.program.jail.is_some() {
+            self.running = None;
+        }
     }
 
     /// Describes how the program ended, when it has, or is about to.
@@ -117,13 +179,22 @@ impl ExecServer {
 }
 
 impl Running {
-    fn start(words: &[OsString], dir: &Path) -> io::Result<Self> {
+    fn start(program: &ServerProgram) -> io::Result<Self> {
         let (listener, socket) = private_socket()?;
         let (stderr, stderr_end) = StderrTail::new()?;
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", ACTIVATE, "sh"]).args(words).current_dir(dir).process_group(0);
+        let mut command = Command::new(SHELL);
+        let script = if program.jail.is_some() { ACTIVATE_WITH_IMAGE } else { ACTIVATE };
+        command.args(["-c", script, "sh"]);
+        match &program.file {
+            Some(file) => command.arg(file).args(program.words.iter().skip(1)),
+            None => command.args(&program.words),
+        };
+        command.current_dir(&program.dir).process_group(0);
         command.stdin(listener).stdout(Stdio::null()).stderr(stderr_end);
         restore_caller_limits(&mut command);
+        if let Some(jail) = &program.jail {
+            jail.apply(&mut command)?;
+        }
         kill_with_parent(&mut command);
         let (child, parent) = spawn_on_thread(command)?;
         let group = Pid::from_child(&child);
@@ -167,6 +238,34 @@ impl Drop for Running {
         }
         let _ = self.child.wait();
     }
+}
+
+impl Jail {
+    /// Makes `command` start with the image, and locked in.
+    fn apply(self: &Arc<Self>, command: &mut Command) -> io::Result<()> {
+        command.stdout(self.image.try_clone()?);
+        // Messages are read, so they must not be translated.
+        command.env_clear().env("LC_ALL", "C").env("PATH", "/usr/bin:/bin");
+        let jail = Arc::clone(self);
+        // SAFETY: between fork and exec the closure makes only system calls: no memory is allocated,
+        // no lock is taken.
+        unsafe { command.pre_exec(move || jail.sandbox.enter()) };
+        Ok(())
+    }
+}
+
+/// Finds the files that the process `pid` has open.
+fn open_files(pid: u32) -> io::Result<Vec<PathHandle>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        match PathHandle::at(&entry?.path()) {
+            Ok(file) => files.push(file),
+            // It was closed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(files)
 }
 
 /// Makes a socket that listens, and whose file has no name any more. Returns it, and the file.

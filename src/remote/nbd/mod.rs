@@ -31,4 +31,5 @@ mod tls;
 mod uri;
 
 pub(crate) use client::{Access, NbdClient, NbdOptions};
+pub(crate) use exec::{IMAGE_PATH, Jail, SHELL, ServerProgram};
 pub(crate) use uri::NbdTarget;

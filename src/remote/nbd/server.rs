@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -13,7 +13,7 @@ use super::codec::handshake::{Handshake, Tls};
 use super::codec::replies::{Answer, Expected, Replies};
 use super::codec::request::{Command, encode};
 use super::error::NbdError;
-use super::exec::ExecServer;
+use super::exec::{ExecServer, ServerProgram};
 use super::link::{Deadline, Link};
 use super::tls::TlsSettings;
 use super::uri::{Address, NbdTarget};
@@ -30,10 +30,19 @@ pub(super) struct Opened {
 
 /// A server. Displayed without secrets.
 pub(super) struct Server {
-    target: NbdTarget,
-    program: Option<Mutex<ExecServer>>,
+    shown: String,
+    place: Place,
+    export: String,
+    is_encrypted: Tls,
     tls: Option<TlsSettings>,
     stop: Stop,
+}
+
+/// Where a server is.
+enum Place {
+    Tcp { host: String, port: u16 },
+    Unix(PathBuf),
+    Program(Mutex<ExecServer>),
 }
 
 impl Server {
@@ -44,9 +53,14 @@ impl Server {
         tls: &TlsFiles,
         stop: Stop,
     ) -> Result<Self, NbdError> {
-        let program = match &target.address {
-            Address::Exec(words) => Some(Mutex::new(ExecServer::new(words.clone(), dir))),
-            Address::Tcp { .. } | Address::Unix(_) => None,
+        let place = match &target.address {
+            Address::Tcp { host, port } => Place::Tcp { host: host.clone(), port: *port },
+            Address::Unix(path) => Place::Unix(path.clone()),
+            Address::Exec(words) => {
+                let (words, dir) = (words.clone(), dir.to_owned());
+                let program = ServerProgram { file: None, words, dir, jail: None };
+                Place::Program(Mutex::new(ExecServer::new(program)))
+            }
         };
         let tls = match (&target.verified_name(), target.tls) {
             (_, Tls::No) => None,
@@ -56,34 +70,48 @@ impl Server {
                 return Err(NbdError::TlsSettings(text.to_owned()));
             }
         };
-        Ok(Self { target: target.clone(), program, tls, stop })
+        let (shown, export) = (target.to_string(), target.export.clone());
+        Ok(Self { shown, place, export, is_encrypted: target.tls, tls, stop })
+    }
+
+    /// Names the server that `program` becomes.
+    pub(super) fn of_program(program: ServerProgram, shown: String, stop: Stop) -> Self {
+        let place = Place::Program(Mutex::new(ExecServer::new(program)));
+        Self { shown, place, export: String::new(), is_encrypted: Tls::No, tls: None, stop }
     }
 
     /// Opens a connection within `time`.
     pub(super) fn open(&self, time: Duration) -> Result<Opened, NbdError> {
         let deadline = Deadline::after(time, &self.stop);
-        let mut link = match (&self.target.address, &self.program) {
-            (Address::Tcp { host, port }, _) => Link::tcp(host, *port, &deadline)?,
-            (Address::Unix(path), _) => Link::unix(path, &deadline)?,
-            (Address::Exec(_), Some(program)) => {
+        let mut link = match &self.place {
+            Place::Tcp { host, port } => Link::tcp(host, *port, &deadline)?,
+            Place::Unix(path) => Link::unix(path, &deadline)?,
+            Place::Program(program) => {
                 let socket = program.lock().start().map_err(NbdError::Program)?;
                 Link::unix(&socket, &deadline).map_err(|error| self.explain(error))?
             }
-            (Address::Exec(_), None) => return Err(NbdError::Stopped),
         };
-        let handshake = Handshake::new(&self.target.export, self.target.tls);
+        let handshake = Handshake::new(&self.export, self.is_encrypted);
         let export = link
             .negotiate(handshake, self.tls.as_ref(), &deadline)
             .map_err(|error| self.explain(error))?;
+        if let Place::Program(program) = &self.place {
+            program.lock().check_files()?;
+        }
         Ok(Opened { link, export })
     }
 
     /// A program that has ended says more than its connection.
     fn explain(&self, error: NbdError) -> NbdError {
-        let failure = match (&self.program, &error) {
-            (_, NbdError::Stopped) | (None, _) => None,
-            (Some(program), _) => program.lock().failure(),
-        };
+        let Place::Program(program) = &self.place else { return error };
+        if error == NbdError::Stopped {
+            return error;
+        }
+        let mut program = program.lock();
+        let failure = program.failure();
+        if matches!(error, NbdError::Timeout(_)) && failure.is_none() {
+            program.end_if_locked_in();
+        }
         failure.map_or(error, NbdError::Program)
     }
 
@@ -119,7 +147,7 @@ impl Server {
 
 impl fmt::Display for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.target.fmt(f)
+        f.write_str(&self.shown)
     }
 }
 
