@@ -54,6 +54,8 @@ struct State {
     /// The starts of queued fetches, oldest first. One that was moved to `demand` stays in `ahead`.
     demand: VecDeque<u64>,
     ahead: VecDeque<u64>,
+    /// The starts of requests that were sent ahead, and that somebody waits for now.
+    hurried: Vec<u64>,
     /// A thread is handing requests to the transport.
     is_sending: bool,
     requests_in_flight: u32,
@@ -82,6 +84,7 @@ impl Default for State {
             fetches: BTreeMap::new(),
             demand: VecDeque::new(),
             ahead: VecDeque::new(),
+            hurried: Vec::new(),
             is_sending: false,
             requests_in_flight: 0,
             bytes_in_flight: 0,
@@ -162,7 +165,9 @@ impl Fetcher {
             let arrival = state.want(start..end, urgency, self.max_request);
             first = first.or(arrival);
         }
+        let hurried = std::mem::take(&mut state.hurried);
         drop(state);
+        hurried.into_iter().for_each(|start| self.transport.hurry(start));
         self.send_queued();
         first
     }
@@ -175,10 +180,10 @@ impl Fetcher {
             return;
         }
         loop {
-            let range = {
+            let (range, urgency) = {
                 let mut state = self.state.lock();
                 match state.take_next(limit) {
-                    Some(range) => range,
+                    Some(next) => next,
                     None => return state.is_sending = false,
                 }
             };
@@ -190,6 +195,9 @@ impl Fetcher {
                 }
             };
             self.transport.read(range, Box::new(done));
+            if urgency == Urgency::Demand {
+                self.transport.hurry(start);
+            }
         }
     }
 
@@ -298,14 +306,15 @@ impl State {
         if fetch.urgency == Urgency::Ahead {
             fetch.urgency = Urgency::Demand;
             fetch.since = Instant::now();
-            if fetch.sent.is_none() {
-                self.demand.push_back(start);
+            match fetch.sent {
+                None => self.demand.push_back(start),
+                Some(_) => self.hurried.push(start),
             }
         }
     }
 
     /// Takes the next range to ask for, if one more request may be in flight.
-    fn take_next(&mut self, limit: u32) -> Option<Range<u64>> {
+    fn take_next(&mut self, limit: u32) -> Option<(Range<u64>, Urgency)> {
         let has_room = self.bytes_in_flight < self.max_bytes;
         if self.requests_in_flight >= limit || !has_room && self.requests_in_flight > 0 {
             return None;
@@ -316,11 +325,11 @@ impl State {
         };
         let fetch = self.fetches.get_mut(&start)?;
         fetch.sent = Some(Instant::now());
-        let range = start..fetch.end;
+        let (range, urgency) = (start..fetch.end, fetch.urgency);
         self.requests_in_flight += 1;
         self.bytes_in_flight += range.end - range.start;
         self.counters.requests += 1;
-        Some(range)
+        Some((range, urgency))
     }
 
     /// Takes the start of the next range to be read ahead, which leaves room for what somebody may

@@ -26,6 +26,8 @@ pub(super) struct MemoryServer {
     pub(super) failing: Mutex<Vec<(Range<u64>, i32)>>,
     /// The ranges that were read, and the number of questions for extents.
     pub(super) reads: Mutex<Vec<Range<u64>>>,
+    /// The starts of requests that somebody waits for.
+    pub(super) hurried: Mutex<Vec<u64>>,
     pub(super) extent_questions: Mutex<usize>,
     pub(super) flushes: Mutex<usize>,
 }
@@ -41,6 +43,7 @@ impl MemoryServer {
             delay: Duration::ZERO,
             failing: Mutex::default(),
             reads: Mutex::default(),
+            hurried: Mutex::default(),
             extent_questions: Mutex::default(),
             flushes: Mutex::default(),
         }
@@ -103,6 +106,10 @@ impl Transport for MemoryServer {
             None => Ok(self.bytes.lock()[span(&range)].to_vec()),
         };
         self.answer(done, result);
+    }
+
+    fn hurry(&self, start: u64) {
+        self.hurried.lock().push(start);
     }
 
     fn knows_extents(&self) -> bool {

@@ -72,6 +72,22 @@ fn a_read_that_may_not_wait_leaves_its_arrival() {
 }
 
 #[test]
+fn the_server_is_told_which_requests_somebody_waits_for() {
+    let (server, base) =
+        base(MemoryServer::new(pattern(8 << 20)).with_delay(Duration::from_millis(20)));
+    // Sequential, so that some is read ahead.
+    for at in 0..48 {
+        read(&*base, at * (MIB / 16)..(at + 1) * (MIB / 16)).unwrap();
+    }
+    let reads: Vec<_> = server.reads.lock().iter().map(|range| range.start).collect();
+    let hurried = server.hurried.lock().clone();
+    assert!(hurried.contains(&0) && hurried.iter().all(|start| reads.contains(start)));
+    // What nobody has come to is not waited for.
+    let last = *reads.iter().max().unwrap();
+    assert!(last >= 3 * MIB && !hurried.contains(&last), "{reads:?} {hurried:?}");
+}
+
+#[test]
 fn many_readers_of_one_place_are_one_request() {
     let (server, base) =
         base(MemoryServer::new(pattern(1 << 20)).with_delay(Duration::from_millis(30)));

@@ -63,6 +63,10 @@ pub(crate) trait Transport: Send + Sync {
     /// from then on for every request.
     fn read(&self, range: Range<u64>, done: ReadDone);
 
+    /// Notes that somebody waits for the request that begins at byte `start`: a transport that can may
+    /// ask once more when the answer is late.
+    fn hurry(&self, _start: u64) {}
+
     /// Returns for how long there has been no connection, and why; `None` while there is one.
     fn outage(&self) -> Option<(Duration, String)> {
         None

@@ -1,12 +1,14 @@
 //! Images on HTTP(S) servers, read by ranges (RFC 9110, 14).
 //!
 //! ```text
-//!   client      HttpClient, a Transport: requests, retries, outages, the latch of a changed image
-//!     └── exchange    one answer to one range: redirects, credentials, what must hold of the answer
-//!           ├── origin      connections: one `reqwest` client for the image's host, one for others
-//!           ├── auth        header lines from a file or a command
-//!           ├── url, answer, retry       pure: addresses and redirects, heads of answers, pauses
-//!           └── error
+//!   client      HttpClient, a Transport: opens an image
+//!     └── requests    retries, outages, the latch of a changed image
+//!           │     └── retry, late    pure: pauses, and when an answer is late
+//!           └── exchange    one answer to one range: redirects, credentials, what must hold of the answer
+//!                 ├── origin         connections: one `reqwest` client for the image's host, one for others
+//!                 ├── auth           header lines from a file or a command
+//!                 ├── url, answer    pure: addresses and redirects, heads of answers
+//!                 └── error
 //!   runtime     the threads of it all, started with the first image
 //! ```
 //!
@@ -18,7 +20,9 @@ mod auth;
 mod client;
 mod error;
 mod exchange;
+mod late;
 mod origin;
+mod requests;
 mod retry;
 mod runtime;
 #[cfg(test)]
