@@ -1,18 +1,23 @@
 """Images on a server of this host, behind the wire: who serves them, and who else can mount them.
 
 To add a protocol: an `Origin` with its server (`of_file`, `of_pattern`), its address for cowslip and peers, its
-peers, what copies and reads it without a mount (`download`, `fio`), and its name in `ORIGINS`. All rows are measured
-over each, and the wire counts the requests of NBD and of HTTP.
+peers, what reads it without a mount (`sequential`, `random`, `download`), and its name in `ORIGINS`. All rows are
+measured over each, and the wire counts the requests of NBD and of HTTP.
 """
 
+import http.client
 import json
+import os
+import random
 import shutil
 import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import targets
-from host import Failed, Place, run, wait_until
+from host import PATIENCE, Failed, Place, run, wait_until
 
 
 def launch(*command, **more) -> subprocess.Popen:
@@ -56,6 +61,7 @@ class Wire:
     def set_link(self, rtt: float, rate: int) -> None:
         """The round trip in seconds, for new connections, and bytes a second; 0 is no limit."""
         self.ask(f"link {round(rtt * 1e6)} {rate}")
+        self.rtt = rtt
 
     def counts(self) -> dict[str, int]:
         return json.loads(self.ask("counts"))
@@ -64,6 +70,22 @@ class Wire:
         if self.child is not None:
             child, self.child = self.child, None
             end(child)
+
+
+def fio(seconds: float, size: int, *options) -> dict:
+    """A run of fio that reads, and ends when its time does, or the disk."""
+    command = ["fio", "--name=job", f"--size={size}", "--thread", "--output-format=json", "--invalidate=0"]
+    command += ["--allow_file_create=0", f"--runtime={seconds:g}", "--randseed=1", *options]
+    output = run(*command)
+    # fio may put a warning before the JSON.
+    done = json.loads(output[output.index("{") :])["jobs"][0]
+    if done["error"] != 0:
+        raise Failed(f"fio: {os.strerror(done['error'])}")
+    return done["read"]
+
+
+#: Random reads, each place once; not how.
+RANDOM = ("--rw=randread", "--bs=4k", "--iodepth=16")
 
 
 class Origin:
@@ -148,7 +170,7 @@ class Bare:
         pass
 
 
-class NbdPeer(targets.Peer):
+class RemotePeer(targets.Peer):
     """Another program that shows an image on a server as a file, read-only."""
 
     fsync_is_real = True
@@ -168,19 +190,32 @@ class NbdPeer(targets.Peer):
         return self.child.pid
 
 
-class NbdFuse(NbdPeer):
+class NbdFuse(RemotePeer):
     name = "nbdfuse"
     programs = ("nbdfuse",)
+
+    def words(self) -> list[str]:
+        """What it is told to show."""
+        return [self.origin.source]
 
     def fresh(self) -> None:
         self.stop()
         point = self.dir / "m"
         point.mkdir(exist_ok=True)
         self.path = point / "disk"
-        self.launch("nbdfuse", "-r", self.path, self.origin.source)
+        self.launch("nbdfuse", "-r", self.path, *self.words())
 
 
-class QemuExport(NbdPeer):
+class NbdkitCurl(NbdFuse):
+    """nbdkit's curl plugin through nbdfuse."""
+
+    programs = ("nbdfuse", "nbdkit")
+
+    def words(self) -> list[str]:
+        return ["[", "nbdkit", "-r", "curl", f"url={self.origin.source}", "]"]
+
+
+class QemuExport(RemotePeer):
     """qemu-storage-daemon's FUSE export of the image."""
 
     name = "qemu"
@@ -233,10 +268,107 @@ class Nbd(Origin):
             raise Failed("no nbdcopy")
         run("nbdcopy", self.source, to)
 
+    def sequential(self, seconds: float, size: int) -> float | None:
+        """MiB/s that the server gives."""
+        done = fio(seconds, size, "--ioengine=nbd", f"--uri={self.source}", "--rw=read", "--bs=1M", "--iodepth=16")
+        return done["bw_bytes"] / (1 << 20)
+
+    def random(self, seconds: float, size: int) -> float | None:
+        """Reads of 4 KiB a second that the server answers, 16 at a time."""
+        return fio(seconds, size, "--ioengine=nbd", f"--uri={self.source}", *RANDOM)["iops"]
+
+
+NGINX = """
+daemon off; master_process off; user root; pid {dir}/pid; error_log {dir}/error.log;
+events {{ worker_connections 256; }}
+http {{
+  client_body_temp_path {dir}/tmp; proxy_temp_path {dir}/tmp; fastcgi_temp_path {dir}/tmp;
+  uwsgi_temp_path {dir}/tmp; scgi_temp_path {dir}/tmp; access_log off; sendfile on;
+  server {{ listen unix:{socket}; location = /image {{ alias {file}; }} }}
+}}
+"""
+
+
+class Http(Origin):
+    """nginx, with the settings it ships for connections."""
+
+    protocol = "http"
+    programs = ("nginx", "curl")
+    peers = [NbdkitCurl, QemuExport]
+    #: Ranges at a time: as many as cowslip has connections.
+    PARTS = 8
+
+    @classmethod
+    def of_file(cls, place: Place, wire: Path, name: str, file: Path) -> "Http":
+        directory = place.path / f"{name}.nginx"
+        (directory / "tmp").mkdir(parents=True)
+        text = NGINX.format(dir=directory, socket=place.path / f"{name}.sock", file=file)
+        (directory / "conf").write_text(text)
+        origin = cls(place, wire, name, "nginx", "-c", directory / "conf")
+        origin.bytes = file.stat().st_size
+        return origin
+
+    @classmethod
+    def of_pattern(cls, place: Place, wire: Path, name: str, size: int) -> "Http":
+        """A file that is one hole, which no HTTP server tells."""
+        file = place.path / f"{name}.img"
+        with open(file, "xb") as out:
+            out.truncate(size)
+        return cls.of_file(place, wire, name, file)
+
     @property
-    def fio(self) -> list[str]:
-        """What has fio read from the server itself, without a mount."""
-        return ["--ioengine=nbd", f"--uri={self.source}"]
+    def source(self) -> str:
+        return f"http://{self.wire.address}/image"
+
+    @property
+    def qemu(self) -> str:
+        return f"http,url={self.source}"
+
+    def download(self, to: Path) -> None:
+        step = -(-self.bytes // self.PARTS)
+        command = ["curl", "-sf", "-o"]
+        parts = [(to.with_suffix(f".{at}"), at) for at in range(0, self.bytes, step)]
+        children = [launch(*command, part, "-r", f"{at}-{at + step - 1}", self.source) for part, at in parts]
+        failed = [child.args for child in children if child.wait(PATIENCE) != 0]
+        for part, _ in parts:
+            part.unlink(missing_ok=True)
+        if failed:
+            raise Failed(f"curl failed: {' '.join(failed[0])}")
+        to.touch()
+
+    def sequential(self, seconds: float, size: int) -> float | None:
+        told = "%{size_download} %{time_total}"
+        done = subprocess.run(
+            ["curl", "-s", "-o", "/dev/null", "-w", told, "--max-time", f"{seconds:g}", self.source],
+            capture_output=True, text=True, check=False, timeout=seconds + 60,
+        )
+        # 28: the time is over.
+        if done.returncode not in (0, 28):
+            raise Failed(f"curl ended with exit status {done.returncode}")
+        moved, took = done.stdout.split()
+        return int(moved) / (1 << 20) / float(took)
+
+    def random(self, seconds: float, size: int) -> float | None:
+        # Not without a delay: this is Python, and would be the bound itself.
+        if not self.wire.rtt:
+            return None
+        until, counts = time.monotonic() + seconds, [0] * 16
+
+        def read(number: int) -> None:
+            client, chance = http.client.HTTPConnection(self.wire.address, timeout=60), random.Random(number)
+            while time.monotonic() < until:
+                at = chance.randrange(size // 4096) * 4096
+                client.request("GET", "/image", headers={"Range": f"bytes={at}-{at + 4095}"})
+                if len(client.getresponse().read()) == 4096:
+                    counts[number] += 1
+
+        threads = [threading.Thread(target=read, args=(number,)) for number in range(len(counts))]
+        begun = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(counts) / (time.monotonic() - begun)
 
 
-ORIGINS = {"nbd": Nbd}
+ORIGINS = {"nbd": Nbd, "http": Http}
