@@ -18,7 +18,7 @@ use super::error::RemoteError;
 use super::image::{RemoteImage, check_identity, identity_of};
 use super::open::{base_over, replace_open, unreadable};
 use super::writable::RemoteDisk;
-use crate::config::RemoteAddress;
+use crate::config::{Protocol, RemoteAddress};
 
 fn refused(address: &RemoteAddress, why: impl Into<String>) -> RemoteError {
     RemoteError::Refused { address: address.clone(), why: why.into() }
@@ -36,7 +36,13 @@ impl RemoteImage {
             Self::Direct(disk) => return Ok(Arc::clone(disk)),
         };
         let address = base.address();
-        let read_only = "its server exports it read-only: have it exported for writing";
+        let read_only = match address.protocol() {
+            Protocol::Nbd => "its server exports it read-only: have it exported for writing",
+            Protocol::Http => {
+                "an image behind HTTP is only read: copy the disk out, or rebase the overlay to a \
+                 file or an NBD server that has the same image"
+            }
+        };
         let transport = base.writable().ok_or_else(|| refused(address, read_only))?;
         let guard = CommitGuard::new(address)?;
         if base.users.load(Ordering::SeqCst) > 1 {

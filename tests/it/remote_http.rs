@@ -1,7 +1,8 @@
 //! Bases behind HTTP(S): images that nginx serves, mounted, changed and replaced.
 
 use std::fs;
-use std::net::TcpListener;
+use std::io::{self, Read};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::process::Stdio;
@@ -44,10 +45,12 @@ http {
     location /token/ { if ($http_authorization != "Bearer s3cret") { return 401; } alias DIR/; }
   }
   #TLS server {
-  #TLS   listen 127.0.0.1:TLSPORT ssl; root DIR;
+  #TLS   listen 127.0.0.1:TLSPORT ssl; listen 127.0.0.2:TLSPORT ssl; root DIR;
   #TLS   ssl_certificate DIR/server.pem; ssl_certificate_key DIR/server.key;
   #TLS   ssl_client_certificate DIR/ca.pem; ssl_verify_client optional;
   #TLS   location /known/ { if ($ssl_client_verify != SUCCESS) { return 403; } alias DIR/; }
+  #TLS   location /here/ { return 302 https://127.0.0.1:TLSPORT/known/base.img; }
+  #TLS   location /there/ { return 302 https://127.0.0.2:TLSPORT/known/base.img; }
   #TLS   location /out/ { return 302 http://127.0.0.1:PORT/base.img?sig=s3cret; }
   #TLS }
 }
@@ -81,9 +84,7 @@ impl Nginx {
         let mut command = lab.command("nginx");
         command.arg("-c").arg(lab.path("nginx.conf")).stdout(Stdio::null()).stderr(Stdio::null());
         self.running = Some(Running(command.spawn().unwrap()));
-        wait_until("nginx listens", || {
-            std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok()
-        });
+        wait_until("nginx listens", || TcpStream::connect(("127.0.0.1", self.port)).is_ok());
     }
 
     fn stop(&mut self) {
@@ -181,7 +182,7 @@ fn changes_stay_in_the_overlay_and_belong_to_the_version() {
     assert!(requests(&lab).len() - before <= 2, "{:?}", requests(&lab));
     assert_eq!(lab.sh("cat m/vm | md5sum"), shown);
     let line = lab.refused(1, "commit m/vm");
-    assert!(line.contains("is on a server, which is only read"), "{line}");
+    assert!(line.contains("an image behind HTTP is only read"), "{line}");
     lab.umount();
     let checked = lab.ok("check vm.cow");
     assert!(checked.contains("unchanged"), "{checked}");
@@ -238,6 +239,40 @@ fn random_changes_over_an_image_behind_http_are_those_of_a_file() {
     lab.base("base.img", 4 * MIB);
     let nginx = Nginx::start(&lab);
     random::model(&lab, "base.img", &format!("d={},overlay=o", nginx.url("/once/base.img")));
+}
+
+/// A proxy at a port of its own, whose connections end after a few ten thousand bytes each.
+fn cutting(port: u16) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let own = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for (number, client) in listener.incoming().enumerate() {
+            let (mut client, mut server) =
+                (client.unwrap(), TcpStream::connect(("127.0.0.1", port)).unwrap());
+            let (mut to_server, mut from_client) =
+                (server.try_clone().unwrap(), client.try_clone().unwrap());
+            thread::spawn(move || io::copy(&mut from_client, &mut to_server));
+            thread::spawn(move || {
+                // Long enough for the head of an answer.
+                let most = 2_000 + (number as u64 * 7919) % 60_000;
+                let _ = io::copy(&mut (&mut server).take(most), &mut client);
+                let _ = client.shutdown(Shutdown::Both);
+                let _ = server.shutdown(Shutdown::Both);
+            });
+        }
+    });
+    own
+}
+
+#[test]
+fn random_changes_while_connections_are_cut_are_those_of_a_file() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    let nginx = Nginx::start(&lab);
+    let url = format!("http://127.0.0.1:{}/base.img", cutting(nginx.port));
+    random::model(&lab, "base.img", &format!("d={url},overlay=o"));
+    let shorter = requests(&lab).iter().filter(|line| !line.contains("bytes=0-")).count();
+    assert!(shorter > 20, "{shorter}");
 }
 
 #[test]
@@ -312,6 +347,12 @@ fn secrets_of_an_address_and_of_auth_are_shown_nowhere() {
     lab.sh("cmp base.img m/vm");
     assert!(shown(&lab).contains(&nginx.url("/signed/base.img")));
     lab.umount();
+    // A clone takes the image as it is open.
+    let stored = signed.replace("vm.cow", "store");
+    lab.mount(&format!("{stored} --store store"));
+    lab.ok("clone m/vm m/copy");
+    lab.sh("cmp base.img m/copy; ! grep -r s3cret store");
+    lab.umount();
     // What was signed is not recorded, and has to be given again.
     let plain = signed.replace("?sig=s3cret", "");
     let line = lab.refused(1, &format!("mount m {plain}"));
@@ -352,7 +393,7 @@ fn secrets_of_an_address_and_of_auth_are_shown_nowhere() {
 fn an_encrypted_server_is_believed_by_its_certificate_alone() {
     let mut lab = Lab::new();
     lab.base("base.img", 2 * MIB);
-    certify(&lab, "IP:127.0.0.1", "-days 9");
+    certify(&lab, "IP:127.0.0.1,IP:127.0.0.2", "-days 9");
     let nginx = Nginx::with_tls(&lab);
     let url = nginx.tls_url("/base.img");
     lab.mount(&format!("vm={url},mode=ro,tls-ca=ca.pem"));
@@ -360,12 +401,17 @@ fn an_encrypted_server_is_believed_by_its_certificate_alone() {
     lab.umount();
     let known = nginx.tls_url("/known/base.img");
     let keys = "mode=ro,tls-ca=ca.pem";
-    lab.mount(&format!("vm={known},{keys},tls-cert=client.pem,tls-key=client.key"));
-    lab.sh("cmp base.img m/vm");
-    lab.umount();
+    let known_by = format!("{keys},tls-cert=client.pem,tls-key=client.key");
+    for url in [known.clone(), nginx.tls_url("/here/")] {
+        lab.mount(&format!("vm={url},{known_by}"));
+        lab.sh("cmp base.img m/vm");
+        lab.umount();
+    }
     let by_name = url.replace("127.0.0.1", "localhost");
     for (source, why) in [
         (format!("{known},{keys}"), "403 Forbidden"),
+        // Our certificate is for the host of the address alone.
+        (format!("{},{known_by}", nginx.tls_url("/there/")), "redirected to 127.0.0.2:"),
         (format!("{url},mode=ro"), "TLS failed: invalid peer certificate: UnknownIssuer"),
         (format!("{by_name},{keys}"), "not valid for name"),
         (format!("{},{keys}", nginx.url("/base.img").replace("http", "https")), "TLS failed"),

@@ -25,6 +25,8 @@ use crate::remote::transport::{ExtentsDone, ReadDone, RequestLimits, Transport};
 
 /// What the first request brings: size, version, and the bytes by which a format is known.
 const HEAD_LEN: u64 = 64 << 10;
+/// What must come of it: a page.
+const MIN_HEAD: usize = 4 << 10;
 /// The longest request in bytes; the fetcher asks for less.
 const MAX_LEN: u32 = 4 << 20;
 /// The longest time for the first answer.
@@ -124,7 +126,11 @@ async fn ask_first(
     let version = Version::new(part.headers(), size);
     let is_web_page = super::answer::is_web_page(part.headers());
     let mut head = Vec::new();
-    part.read(&mut head, silence).await?;
+    match part.read(&mut head, silence).await {
+        // A beginning says as much, and the rest is asked for when it is needed.
+        Err(HttpError::Short { have, .. }) if have >= MIN_HEAD => {}
+        read => read?,
+    }
     match is_web_page && head.trim_ascii_start().starts_with(b"<") {
         true => Err(HttpError::WebPage),
         false => Ok((version, head)),
