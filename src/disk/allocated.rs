@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -14,6 +15,10 @@ use crate::stream::Stream;
 
 /// The most pieces that one count asks the layers for; all bytes after them count as data.
 const MAX_COUNTED_PIECES: usize = 64 << 10;
+
+/// The longest time of one count; all bytes after it count as data. QEMU needs 3 ms to look through
+/// 1 GiB of an empty VMDK image, and an image may say that it is as large as it likes.
+const MAX_COUNTING: Duration = Duration::from_secs(10);
 
 /// The last count of the bytes of data in a file that shows a disk.
 #[derive(Debug, Default)]
@@ -86,8 +91,8 @@ impl Disk {
         self.allocated_in(0..self.size(), &self.allocated.cache, wait)
     }
 
-    /// Counts the bytes of data in `range` from the extents. After [`MAX_COUNTED_PIECES`] pieces
-    /// all further bytes count as data, so no hole is ever claimed that does not exist. The result
+    /// Counts the bytes of data in `range` from the extents. After [`MAX_COUNTED_PIECES`] pieces, or
+    /// [`MAX_COUNTING`], all further bytes count as data, so no hole is ever claimed that does not exist. The result
     /// is kept in `cache`.
     ///
     /// A stat never waits for a slow base: it is answered with the cached figure, and `maintain`
@@ -104,13 +109,20 @@ impl Disk {
     ) -> io::Result<u64> {
         // A stream's data arrives without a count of revisions.
         let revision = self.layers().top.revision().filter(|_| self.stream.is_none());
-        let count = || count_data(&self.layers(), range, wait);
+        let count = || count_data(&self.layers(), range, wait, MAX_COUNTING);
         cache.get_or_count(revision, &self.allocated.is_stale, count)
     }
 }
 
-/// Counts the bytes of `range` that are no hole. The part of it past the size is none either.
-fn count_data(layers: &LayerStack, range: Range<u64>, wait: Wait) -> io::Result<u64> {
+/// Counts the bytes of `range` that are no hole, for up to `time`. The part of it past the size is none
+/// either.
+fn count_data(
+    layers: &LayerStack,
+    range: Range<u64>,
+    wait: Wait,
+    time: Duration,
+) -> io::Result<u64> {
+    let until = Instant::now() + time;
     let end = range.end.min(layers.size());
     let (mut held, mut counted_to) = (range.end.saturating_sub(end), range.start.min(end));
     for piece in layers.pieces(range.start..end, wait).take(MAX_COUNTED_PIECES) {
@@ -118,6 +130,9 @@ fn count_data(layers: &LayerStack, range: Range<u64>, wait: Wait) -> io::Result<
         counted_to = extent.range.end;
         if extent.kind != ExtentKind::Hole {
             held += extent.len();
+        }
+        if Instant::now() >= until {
+            break;
         }
     }
     Ok(held + (end - counted_to))
@@ -132,6 +147,8 @@ mod tests {
     use crate::extents::Extent;
     use crate::layer::{CopyFn, Layer};
     use crate::pool::{Cancellable, run_cancellable};
+
+    const LONG: Duration = Duration::from_secs(60);
 
     /// Holes and nothing else, told in pieces of 4 KiB.
     #[derive(Default)]
@@ -172,12 +189,19 @@ mod tests {
     #[test]
     fn counting_stops_after_so_many_pieces_and_the_rest_is_data() {
         let (crumbs, layers) = crumbs();
-        let counted = count_data(&layers, 0..1 << 62, Wait::Yes).unwrap();
+        let counted = count_data(&layers, 0..1 << 62, Wait::Yes, LONG).unwrap();
         assert_eq!(counted, (1 << 62) - MAX_COUNTED_PIECES as u64 * 4096);
         assert_eq!(crumbs.asked.load(Ordering::Relaxed), MAX_COUNTED_PIECES);
-        assert_eq!(count_data(&layers, 5..40_000, Wait::Yes).unwrap(), 0);
+        assert_eq!(count_data(&layers, 5..40_000, Wait::Yes, LONG).unwrap(), 0);
         // As for a partition that reaches past the end.
-        assert_eq!(count_data(&layers, (1 << 62) - 9..(1 << 62) + 9, Wait::Yes).unwrap(), 9);
+        assert_eq!(count_data(&layers, (1 << 62) - 9..(1 << 62) + 9, Wait::Yes, LONG).unwrap(), 9);
+    }
+
+    #[test]
+    fn counting_stops_when_it_takes_too_long_and_the_rest_is_data() {
+        let (crumbs, layers) = crumbs();
+        let counted = count_data(&layers, 0..1 << 62, Wait::Yes, Duration::ZERO).unwrap();
+        assert_eq!((counted, crumbs.asked.load(Ordering::Relaxed)), ((1 << 62) - 4096, 1));
     }
 
     /// A request that is given up when it has been looked at so many times.
@@ -202,7 +226,8 @@ mod tests {
         let (crumbs, layers) = crumbs();
         let given_up = GivenUpAfter(AtomicUsize::new(100));
         let counted =
-            run_cancellable(given_up, || count_data(&layers, 0..1 << 62, Wait::Yes)).unwrap_err();
+            run_cancellable(given_up, || count_data(&layers, 0..1 << 62, Wait::Yes, LONG))
+                .unwrap_err();
         assert_eq!(counted.raw_os_error(), Some(libc::EIO));
         assert_eq!(crumbs.asked.load(Ordering::Relaxed), 100);
     }
