@@ -51,8 +51,11 @@ struct ImageKey {
     allowed: Vec<PathBuf>,
 }
 
+/// An image that is open or being opened; locked while its program starts.
+type OpenImage = Arc<Mutex<Weak<ForeignImage>>>;
+
 /// The images that are open.
-static OPEN: Mutex<Vec<(ImageKey, Weak<ForeignImage>)>> = Mutex::new(Vec::new());
+static OPEN: Mutex<Vec<(ImageKey, OpenImage)>> = Mutex::new(Vec::new());
 
 /// Opens `image` in `format`; waits until the program has opened it.
 ///
@@ -77,22 +80,34 @@ pub(super) fn open(
         locking: options.locking,
         allowed: allowed.dirs().to_vec(),
     };
-    // Held while the program starts: of two disks that begin at once, the second takes the first's.
-    let mut open = OPEN.lock();
-    open.retain(|(_, image)| image.strong_count() > 0);
-    let known = open.iter().find(|(other, _)| *other == key).and_then(|(_, image)| image.upgrade());
-    let image = match known {
+    // Of two disks that begin at once, the second waits for the program of the first.
+    let place = place_of(key);
+    let mut place = place.lock();
+    let image = match place.upgrade() {
         Some(image) => image,
-        None => {
-            let image = Arc::new(start(&name, &file, format, options.locking, &allowed)?);
-            open.push((key, Arc::downgrade(&image)));
-            image
-        }
+        None => Arc::new(start(&name, &file, format, options.locking, &allowed)?),
     };
-    drop(open);
+    *place = Arc::downgrade(&image);
+    drop(place);
     let needs = image.needs.iter().map(|file| (file.real_path.clone(), Arc::clone(&file.file)));
     let needs = needs.collect();
     Ok(OpenedImage { layer: Arc::new(ForeignBase { image, _file: file }), needs })
+}
+
+/// Returns the place of the image that `key` describes. Waits for no program.
+fn place_of(key: ImageKey) -> OpenImage {
+    let is_used = |image: &OpenImage| {
+        let is_open = |image: &Weak<ForeignImage>| image.strong_count() > 0;
+        Arc::strong_count(image) > 1 || image.try_lock().is_none_or(|image| is_open(&image))
+    };
+    let mut open = OPEN.lock();
+    open.retain(|(_, image)| is_used(image));
+    if let Some((_, image)) = open.iter().find(|(other, _)| *other == key) {
+        return Arc::clone(image);
+    }
+    let image = OpenImage::default();
+    open.push((key, Arc::clone(&image)));
+    image
 }
 
 /// Starts the program that reads `file`, which messages call `path`.
