@@ -2,7 +2,7 @@
 //! wrong byte, and no error, as no outage is as long as `io_timeout`.
 //!
 //! Connections are cut at random places, all at once or refused for a while; nothing passes for a
-//! while; the server is killed and started again. Nothing is flipped: plain NBD has no checksums.
+//! while; the server is killed and started again. Nothing is flipped: plain NBD and HTTP have no checksums.
 //!
 //! `COWSLIP_SEED=N` makes the same choices again, at other moments; `COWSLIP_STEPS=N` makes more of
 //! them (`contrib/soak`).
@@ -10,8 +10,9 @@
 // The time fits, for half a million years.
 #![allow(clippy::cast_possible_truncation)]
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -21,17 +22,13 @@ use rustix::fs::FallocateFlags;
 
 use crate::common::mount::*;
 use crate::common::random::{Dice, check, whole};
-use crate::common::support::{Protocol, Proxy};
+use crate::common::support::{Endpoint, Protocol, Proxy};
 
 const SIZE: u64 = 12 * MIB;
 /// The mounts of one overlay, after which most of the disk is in it.
 const MOUNTS: u64 = 3;
 /// The operations on one mount.
 const STEPS: u64 = 60;
-/// How far a connection gets at the least, in bytes: the image is recognized by 384 KiB of samples on each of
-/// them, without which no connection is of any use.
-const USEFUL: u64 = 450_000;
-
 /// The number in an environment variable.
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
@@ -43,27 +40,85 @@ fn spread(seed: u64) -> u64 {
     seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1
 }
 
-/// qemu-nbd at the socket `nbd.sock`, with the image `base.img`.
-fn serve(lab: &Lab) -> Running {
-    let _ = std::fs::remove_file(lab.path("nbd.sock"));
-    let mut command = lab.command("qemu-nbd");
-    command.args(["--persistent", "--shared=0", "-r", "-f", "raw", "-k"]).arg(lab.path("nbd.sock"));
-    command.arg(lab.path("base.img")).stdout(Stdio::null()).stderr(Stdio::null());
-    let server = Running(command.spawn().unwrap());
-    wait_until("the server listens", || {
-        std::os::unix::net::UnixStream::connect(lab.path("nbd.sock")).is_ok()
-    });
-    server
+/// A server of `base.img` in a lab, at the socket `server.sock`.
+struct Server<'a> {
+    lab: &'a Lab,
+    protocol: Protocol,
+    running: Running,
+}
+
+impl<'a> Server<'a> {
+    fn start(lab: &'a Lab, protocol: Protocol) -> Self {
+        let running = Self::run(lab, protocol);
+        Self { lab, protocol, running }
+    }
+
+    fn run(lab: &Lab, protocol: Protocol) -> Running {
+        let socket = lab.path("server.sock");
+        let _ = fs::remove_file(&socket);
+        let mut command = match protocol {
+            Protocol::Nbd => {
+                let mut command = lab.command("qemu-nbd");
+                command.args(["--persistent", "--shared=0", "-r", "-f", "raw", "-k"]);
+                command.arg(&socket).arg(lab.path("base.img"));
+                command
+            }
+            Protocol::Http | Protocol::Opaque => {
+                fs::create_dir_all(lab.path("tmp")).unwrap();
+                let config = NGINX.replace("DIR", &lab.dir().display().to_string());
+                fs::write(lab.path("nginx.conf"), config).unwrap();
+                let mut command = lab.command("nginx");
+                command.arg("-c").arg(lab.path("nginx.conf"));
+                command
+            }
+        };
+        let running = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        wait_until("the server listens", || UnixStream::connect(&socket).is_ok());
+        Running(running)
+    }
+
+    fn kill(&mut self) {
+        self.running.0.kill().unwrap();
+        self.running.0.wait().unwrap();
+    }
+
+    fn restart(&mut self) {
+        self.running = Self::run(self.lab, self.protocol);
+    }
+
+    /// How far a connection gets at the least, in bytes. An NBD server's image is recognized by 384 KiB of samples
+    /// on each connection, without which that is of no use; over HTTP every answer names the version.
+    fn useful(&self) -> u64 {
+        if self.protocol == Protocol::Nbd { 450_000 } else { 130_000 }
+    }
+
+    /// The longest time in milliseconds between two troubles. Over HTTP a request that failed waits for a while
+    /// before it is sent again, twice as long each time.
+    fn calm(&self) -> u64 {
+        if self.protocol == Protocol::Nbd { 120 } else { 500 }
+    }
+}
+
+const NGINX: &str = r"
+daemon off; master_process off; user root; pid DIR/nginx.pid; error_log DIR/error.log;
+events { worker_connections 256; }
+http {
+  client_body_temp_path DIR/tmp; proxy_temp_path DIR/tmp; fastcgi_temp_path DIR/tmp;
+  uwsgi_temp_path DIR/tmp; scgi_temp_path DIR/tmp; access_log off;
+  server { listen unix:DIR/server.sock; location / { root DIR; } }
+}
+";
+
+/// The address of the image behind the wire.
+fn address(proxy: &Proxy) -> String {
+    match &proxy.endpoint {
+        Endpoint::Unix(path) => format!("nbd+unix:///?socket={}", path.display()),
+        Endpoint::Tcp(address) => format!("http://{address}/base.img"),
+    }
 }
 
 /// Breaks the wire in all ways until `is_over`, and leaves it whole. No outage lasts a second.
-fn make_trouble(
-    lab: &Lab,
-    proxy: &Proxy,
-    server: &mut Running,
-    dice: &mut Dice,
-    is_over: &AtomicBool,
-) {
+fn make_trouble(proxy: &Proxy, server: &mut Server<'_>, dice: &mut Dice, is_over: &AtomicBool) {
     let control = &proxy.control;
     let pause = |dice: &mut Dice, most| thread::sleep(Duration::from_millis(dice.below(most)));
     while !is_over.load(Ordering::SeqCst) {
@@ -87,15 +142,15 @@ fn make_trouble(
                 control.refuses.store(false, Ordering::SeqCst);
             }
             4 => {
-                server.0.kill().unwrap();
-                server.0.wait().unwrap();
+                server.kill();
                 pause(dice, 100);
-                *server = serve(lab);
+                server.restart();
             }
             _ => {}
         }
-        control.cut_after.store(USEFUL + dice.below(2 * USEFUL), Ordering::SeqCst);
-        pause(dice, 120);
+        let least = server.useful();
+        control.cut_after.store(least + dice.below(2 * least), Ordering::SeqCst);
+        pause(dice, server.calm());
     }
     control.cut_after.store(0, Ordering::SeqCst);
 }
@@ -129,8 +184,8 @@ fn step(dice: &mut Dice, file: &File, model: &mut [u8]) {
     }
 }
 
-#[test]
-fn a_wire_that_breaks_all_the_time_costs_no_byte() {
+/// Runs the operations over an image behind `protocol`.
+fn run(protocol: Protocol) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let seed = number("COWSLIP_SEED").unwrap_or(now.as_micros() as u64);
     let steps = number("COWSLIP_STEPS").unwrap_or(MOUNTS * STEPS);
@@ -140,9 +195,14 @@ fn a_wire_that_breaks_all_the_time_costs_no_byte() {
     let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     fallocate(&lab.open("base.img"), punch, 3 * MIB + 4096..5 * MIB).unwrap();
     lab.watch("base.img");
-    let mut server = serve(&lab);
-    let proxy = Proxy::unix(&lab.path("nbd.sock"), Protocol::Nbd).unwrap();
-    let source = format!("nbd+unix:///?socket={}", proxy.socket().display());
+    let socket = lab.path("server.sock");
+    let mut server = Server::start(&lab, protocol);
+    let proxy = match protocol {
+        Protocol::Nbd => Proxy::unix(&socket, protocol),
+        Protocol::Http | Protocol::Opaque => Proxy::tcp(Endpoint::Unix(socket), protocol),
+    };
+    let proxy = proxy.unwrap();
+    let source = address(&proxy);
     let image = whole(&lab, "base.img");
     let (mut dice, mut trouble) = (Dice(spread(seed)), Dice(spread(!seed)));
     for overlay in 0..steps.div_ceil(MOUNTS * STEPS) {
@@ -157,7 +217,7 @@ fn a_wire_that_breaks_all_the_time_costs_no_byte() {
             thread::scope(|scope| {
                 // Also when an operation panics: the scope waits for its threads.
                 let _ends = Ends(&is_over);
-                scope.spawn(|| make_trouble(&lab, &proxy, &mut server, &mut trouble, &is_over));
+                scope.spawn(|| make_trouble(&proxy, &mut server, &mut trouble, &is_over));
                 for _ in 0..STEPS {
                     step(&mut dice, &file, &mut model);
                 }
@@ -171,4 +231,14 @@ fn a_wire_that_breaks_all_the_time_costs_no_byte() {
         let connections = proxy.control.connections.load(Ordering::SeqCst) - before;
         assert!(connections > 6 * MOUNTS as usize, "too little was broken: {connections}");
     }
+}
+
+#[test]
+fn a_wire_to_an_nbd_server_that_breaks_all_the_time_costs_no_byte() {
+    run(Protocol::Nbd);
+}
+
+#[test]
+fn a_wire_to_a_web_server_that_breaks_all_the_time_costs_no_byte() {
+    run(Protocol::Http);
 }
