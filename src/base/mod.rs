@@ -178,7 +178,7 @@ fn open_file(path: &Path, options: &BaseOptions<'_>) -> Result<Base, BaseError> 
 fn open_remote(spec: &RemoteSpec, options: &BaseOptions<'_>) -> Result<Base, BaseError> {
     let (remote, image, writer) = match options.access {
         BaseAccess::Read => {
-            let remote = RemoteImage::cached(remote::open(spec)?);
+            let remote = remote::open(spec)?;
             let image = remote.layer();
             (remote, image, None)
         }

@@ -11,10 +11,14 @@ use crate::host::{COPY_CHUNK, copy_range, or_copied_none, os_error};
 use crate::layer::Wait;
 use crate::overlay::Overlay;
 use crate::overlay::reflink::Reflink;
+use crate::pool::hold_reply;
 
 /// The most bytes that one request copies, so that even a slow host finishes before the request's
 /// deadline.
 const MAX_COPY_LEN: u64 = 64 << 20;
+
+/// The most bytes that are copied while the request cannot be given up.
+const MAX_HELD_COPY: u64 = 1 << 20;
 
 /// Copies the range `from` of `source` to `offset` of `target`. Returns the number of bytes copied:
 /// fewer at the source's end, or when the source changed meanwhile.
@@ -183,7 +187,9 @@ fn copy_to_reflink(
     if target.is_latched() {
         return Err(os_error(libc::EIO));
     }
-    let wanted = from.start..from.start + (to.end - to.start);
+    let wanted = from.start..from.start + (to.end - to.start).min(MAX_HELD_COPY);
+    // Nothing locks the range: a later write must not be acknowledged while the host still copies.
+    let _held = hold_reply()?;
     source.lend_at(wanted, &mut |input, piece| {
         copy_range(input, piece, target.data().as_fd(), to.start)
     })

@@ -16,7 +16,7 @@ use crate::overlay::persist::{self, LockedOverlay};
 use crate::overlay::recover::Recovered;
 use crate::overlay::stack::{FileRecord, RecordedSource, SourceLocation};
 use crate::overlay::verify::{LayerCheck, UnusedLayer, contradictions, short_uuid};
-use crate::remote::{self, RemoteImage};
+use crate::remote;
 
 /// Reaction of a check to its findings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -292,7 +292,6 @@ fn remote_identity(address: &str) -> Result<Identity, String> {
         return Err(format!("'{address}' is a command, which is started only by a mount"));
     }
     let remote = remote::open(&RemoteSpec::new(address)).map_err(|error| error.to_string())?;
-    let remote = RemoteImage::cached(remote);
     remote.identity().map_err(|error| format!("'{}': {error}", remote.address()))
 }
 

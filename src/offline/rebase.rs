@@ -158,8 +158,7 @@ fn sample_recorded(was: &RecordedSource<'_>) -> Result<Identity, String> {
         return Err("it is no image on a server".to_owned());
     };
     let address = RemoteAddress::parse(address).map_err(|error| error.to_string())?;
-    let base = remote::open(&RemoteSpec::new(address)).map_err(|error| error.to_string())?;
-    let image = RemoteImage::cached(base);
+    let image = remote::open(&RemoteSpec::new(address)).map_err(|error| error.to_string())?;
     let failed = |error: io::Error| format!("{}: {}", was.location, os_message(&error));
     if let Some(difference) = was.identity.differences(&image.identity().map_err(failed)?) {
         return Err(format!("{} has changed: {difference}", was.location));

@@ -20,10 +20,10 @@ impl Overlay {
     pub fn copy_in(&self, range: &Range<u64>, copy: CopyFn<'_>) -> io::Result<u64> {
         self.check_writable()?;
         let file = self.data.host_fd(range.clone()).ok_or_else(|| os_error(libc::EOPNOTSUPP))?;
-        // A direct write of part of a unit reads the whole unit first and would write back its
-        // old bytes.
-        let mode = if self.is_direct() { LockMode::Exclusive } else { LockMode::Shared };
-        let _held = self.range_locks.lock_range(range, mode, Wait::Yes)?;
+        // Not even overwrites may come between: the host copies for as long as the source takes, and
+        // goes on when this request was given up. And a direct write of part of a unit reads the whole
+        // unit first and would write back its old bytes.
+        let _held = self.range_locks.lock_range(range, LockMode::Exclusive, Wait::Yes)?;
         check_cancelled()?;
         self.commit.note_change(&self.blocks_of(range));
         self.check_limit(&self.blocks_of(range))?;
@@ -87,5 +87,29 @@ impl Overlay {
             self.mark_dirty(copied);
         }
         Ok(copied)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::keep::temporary;
+    use super::*;
+    use crate::base::testing::UnreachableBelow;
+    use crate::layer::WritableLayer;
+
+    #[test]
+    fn no_write_of_the_same_bytes_comes_between_a_copy() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let overlay = temporary(dir.path(), 4096, 1 << 20, 0, None).unwrap();
+        let write = |wait| overlay.write_at(&[7; 4096], 8192, &UnreachableBelow, wait);
+        write(Wait::Yes).unwrap();
+        let copied = overlay.copy_in(&(0..65_536), &mut |_, range| {
+            // The block is there already, and is only overwritten.
+            let refused = write(Wait::No).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(libc::EAGAIN));
+            Ok(range.end - range.start)
+        });
+        assert_eq!(copied.unwrap(), 65_536);
+        write(Wait::No).unwrap();
     }
 }

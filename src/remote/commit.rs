@@ -10,14 +10,13 @@
 //! one goes on with it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::base::RemoteBase;
-use super::commit_guard::CommitGuard;
 use super::error::RemoteError;
 use super::image::{RemoteImage, check_identity, identity_of};
-use super::open::{base_over, replace_open, unreadable};
+use super::open::{base_over, count_users, replace_open, unreadable};
 use super::writable::RemoteDisk;
+use super::writer_guard::WriterGuard;
 use crate::config::{Protocol, RemoteAddress};
 
 fn refused(address: &RemoteAddress, why: impl Into<String>) -> RemoteError {
@@ -44,8 +43,8 @@ impl RemoteImage {
             }
         };
         let transport = base.writable().ok_or_else(|| refused(address, read_only))?;
-        let guard = CommitGuard::new(address)?;
-        if base.users.load(Ordering::SeqCst) > 1 {
+        let guard = WriterGuard::new(address)?;
+        if count_users(address) > 1 {
             let why = "another disk of this mount has it as its base too: remove that disk first";
             return Err(refused(address, why));
         }
@@ -53,9 +52,8 @@ impl RemoteImage {
             let why = "what was kept of it on this host cannot be removed";
             refused(address, format!("{why}: {}", crate::host::os_message(&error)))
         })?;
-        let mut disk = RemoteDisk::new(base.spec().clone(), Arc::clone(transport))
+        let disk = RemoteDisk::new(base.spec().clone(), Arc::clone(transport), Some(guard))
             .map_err(|error| unreadable(address, &error))?;
-        disk.hold(guard);
         transport.set_identity_check(disk.identity_check());
         Ok(Arc::new(disk))
     }

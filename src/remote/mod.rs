@@ -17,7 +17,6 @@ mod answer;
 mod base;
 mod cache;
 mod commit;
-mod commit_guard;
 mod error;
 mod extent_cache;
 mod fetcher;
@@ -31,6 +30,7 @@ mod tls;
 mod transport;
 mod watched_samples;
 mod writable;
+mod writer_guard;
 
 pub use self::base::{RemoteBase, RemoteStatus};
 pub use self::error::RemoteError;

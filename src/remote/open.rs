@@ -12,14 +12,14 @@ use parking_lot::Mutex;
 use super::RemoteDisk;
 use super::base::RemoteBase;
 use super::cache::{CacheError, CacheRegistry, Urgency};
-use super::commit_guard::check_not_committed;
 use super::error::RemoteError;
 use super::http::{HttpClient, HttpOptions};
-use super::image::{check_identity, identity_of};
+use super::image::{RemoteImage, check_identity, identity_of};
 use super::nbd::{Access, NbdClient, NbdOptions, NbdTarget, ServerProgram};
 use super::served::ServedImage;
 use super::tls::TlsFiles;
 use super::transport::{Transport, WritableTransport};
+use super::writer_guard::{WriterGuard, check_not_written};
 use crate::config::{Protocol, RemoteAddress, RemoteSpec};
 use crate::host::os_message;
 use crate::identity::{Identity, Mtime};
@@ -62,17 +62,27 @@ struct Opened {
 ///
 /// # Errors
 /// [`RemoteError`], for the user.
-pub fn open(spec: &RemoteSpec) -> Result<Arc<RemoteBase>, RemoteError> {
-    check_not_committed(&spec.address)?;
+pub fn open(spec: &RemoteSpec) -> Result<RemoteImage, RemoteError> {
     let image = image_of(spec);
     // Of two disks that begin at once, the second waits for the image of the first.
     let mut image = image.lock();
+    // Whoever is about to write to the image has said so, and waits for this lock to count its users.
+    check_not_written(&spec.address)?;
     if let Some(base) = image.upgrade() {
-        return Ok(base);
+        return Ok(RemoteImage::cached(base));
     }
     let base = Arc::new(open_cached(spec)?);
     *image = Arc::downgrade(&base);
-    Ok(base)
+    Ok(RemoteImage::cached(base))
+}
+
+/// Counts the disks of this process that read the image at `address`. Waits for those that are being
+/// opened.
+pub(super) fn count_users(address: &RemoteAddress) -> usize {
+    let open = OPEN.lock().clone();
+    let images = open.iter().filter(|(spec, _)| spec.address.is_same_place(address));
+    let bases = images.filter_map(|(_, image)| image.lock().upgrade());
+    bases.map(|base| base.users.load(Ordering::SeqCst)).sum()
 }
 
 /// Returns the place of the image that `spec` describes. Waits for no server.
@@ -114,8 +124,13 @@ pub fn open_writable(spec: &RemoteSpec) -> Result<Arc<RemoteDisk>, RemoteError> 
         let why = "an image behind HTTP is only read: take mode=ro or an overlay";
         return Err(refused(&spec.address, why));
     }
+    let guard = WriterGuard::new(&spec.address)?;
+    if count_users(&spec.address) > 0 {
+        let why = "another disk of this mount has it as its base, and mode=rw would change that";
+        return Err(RemoteError::Refused { address: spec.address.clone(), why: why.to_owned() });
+    }
     let client = Arc::new(connect_nbd(spec, Access::ReadWrite)?);
-    let disk = RemoteDisk::new(spec.clone(), client.clone())
+    let disk = RemoteDisk::new(spec.clone(), client.clone(), Some(guard))
         .map_err(|error| unreadable(&spec.address, &error))?;
     client.set_identity_check(disk.identity_check());
     Ok(Arc::new(disk))

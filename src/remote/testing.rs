@@ -9,7 +9,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::transport::{
-    ChangeDone, ExtentsDone, IdentityCheck, ReadDone, RequestLimits, Transport, WritableTransport,
+    ChangeDone, ExtentsDone, IdentityCheck, MAX_ZERO, ReadDone, RequestLimits, Transport,
+    WritableTransport,
 };
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
@@ -144,6 +145,7 @@ impl WritableTransport for MemoryServer {
 
     fn zero(&self, range: Range<u64>, punch: bool, done: ChangeDone) {
         assert!(range.start.is_multiple_of(u64::from(self.limits.alignment)));
+        assert!(range.end - range.start <= MAX_ZERO);
         if !punch {
             return self.answer(done, Err(os_error(libc::EOPNOTSUPP)));
         }

@@ -234,7 +234,7 @@ proptest! {
         let mut model = pattern(1 << 20);
         let limits = RequestLimits { alignment, max_len: 128 << 10, max_in_flight: 3 };
         let server = Arc::new(MemoryServer::new(model.clone()).with_limits(limits));
-        let disk = RemoteDisk::new(RemoteSpec::new(address()), server.clone()).unwrap();
+        let disk = RemoteDisk::new(RemoteSpec::new(address()), server.clone(), None).unwrap();
         for op in ops {
             match op {
                 Op::Read(range) => {
@@ -265,7 +265,7 @@ proptest! {
 #[test]
 fn a_failed_flush_latches() {
     let server = Arc::new(MemoryServer::new(pattern(8192)));
-    let disk = RemoteDisk::new(RemoteSpec::new(address()), server.clone()).unwrap();
+    let disk = RemoteDisk::new(RemoteSpec::new(address()), server.clone(), None).unwrap();
     disk.write_at(&[1; 512], 0, &UnreachableBelow, Wait::Yes).unwrap();
     disk.sync().unwrap();
     server.failing.lock().push((0..0, libc::EIO));

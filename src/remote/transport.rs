@@ -7,6 +7,10 @@ use std::time::Duration;
 
 use crate::extents::Extent;
 
+/// The most bytes of one request for zeros, 256 MiB: whole blocks of any size, far below the 2^32 of NBD's
+/// compact headers, and few enough for a server that writes them all within the I/O timeout.
+pub(crate) const MAX_ZERO: u64 = 256 << 20;
+
 /// The receiver of the bytes of one read: all of the range that was asked for, or an error.
 pub(crate) type ReadDone = Box<dyn FnOnce(io::Result<Vec<u8>>) + Send>;
 /// The receiver of the extents of one range: in ascending order, without gaps, from the start of the
@@ -92,8 +96,8 @@ pub(crate) trait WritableTransport: Transport {
     /// have lost changes that were not flushed, [`flush`](Self::flush) fails with `EIO` for ever.
     fn write(&self, offset: u64, bytes: Vec<u8>, done: ChangeDone);
 
-    /// Begins to make `range` read as zeros; of any length, aligned as a read is. `punch` lets the
-    /// server free its space.
+    /// Begins to make `range` read as zeros: at most [`MAX_ZERO`] bytes, aligned as a read is. `punch` lets
+    /// the server free its space.
     ///
     /// # Errors
     /// Those of [`write`](Self::write), to `done`; `EOPNOTSUPP` where the server cannot.

@@ -11,14 +11,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 
 use super::answer::{Answer, answer_of, read_range};
-use super::commit_guard::CommitGuard;
 use super::extent_cache::{ExtentCache, ExtentWalk};
-use super::transport::{IdentityCheck, WritableTransport};
+use super::transport::{IdentityCheck, MAX_ZERO, WritableTransport};
 use super::watched_samples::WatchedSamples;
+use super::writer_guard::WriterGuard;
 use crate::config::{RemoteAddress, RemoteSpec};
 use crate::extents::{Extent, ExtentKind};
 use crate::host::{is_fallocate_unsupported, os_error};
 use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
+use crate::pool::hold_reply;
 
 /// The most zeros in bytes that are sent in one write to a server that cannot zero by itself.
 const ZEROS_LEN: u64 = 256 << 10;
@@ -36,16 +37,20 @@ pub struct RemoteDisk {
     /// The samples by which the image is known after an outage.
     samples: Arc<WatchedSamples>,
     is_latched: AtomicBool,
-    /// Held while a commit writes to the image.
-    _guard: Option<CommitGuard>,
+    _guard: Option<WriterGuard>,
 }
 
 impl RemoteDisk {
     /// Makes a disk of the image behind `transport`, which was opened with `spec`; reads its samples.
+    /// `guard` keeps other disks from the image as long as this one is there.
     ///
     /// # Errors
     /// The errno of the server.
-    pub(super) fn new(spec: RemoteSpec, transport: Arc<dyn WritableTransport>) -> io::Result<Self> {
+    pub(super) fn new(
+        spec: RemoteSpec,
+        transport: Arc<dyn WritableTransport>,
+        guard: Option<WriterGuard>,
+    ) -> io::Result<Self> {
         Ok(Self {
             samples: WatchedSamples::read(&*transport)?,
             spec,
@@ -54,7 +59,7 @@ impl RemoteDisk {
             changes: AtomicU64::new(0),
             whole_blocks: RwLock::new(()),
             is_latched: AtomicBool::new(false),
-            _guard: None,
+            _guard: guard,
         })
     }
 
@@ -74,11 +79,6 @@ impl RemoteDisk {
         &self.spec
     }
 
-    /// Keeps other disks from the image as long as this one is there.
-    pub(super) fn hold(&mut self, guard: CommitGuard) {
-        self._guard = Some(guard);
-    }
-
     /// Returns the transport, for questions about the whole image.
     pub(super) fn transport(&self) -> &Arc<dyn WritableTransport> {
         &self.transport
@@ -93,7 +93,8 @@ impl RemoteDisk {
     }
 
     /// Writes `buf` at `offset` in whole blocks of the server's; the bytes beside it in the first and
-    /// the last block stay what they are.
+    /// the last block stay what they are. This thread's request is not given up while the server has it,
+    /// so no later write can be acknowledged before this one is over.
     fn write(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let (size, alignment) = (self.size(), self.alignment());
         let range = offset..offset + buf.len() as u64;
@@ -101,9 +102,11 @@ impl RemoteDisk {
             && (range.end.is_multiple_of(alignment) || range.end == size);
         if is_whole {
             let _shared = self.whole_blocks.read();
+            let _held = hold_reply()?;
             return self.write_blocks(buf, offset);
         }
         let _exclusive = self.whole_blocks.write();
+        let _held = hold_reply()?;
         let start = range.start - range.start % alignment;
         let end = range.end.next_multiple_of(alignment).min(size);
         let mut bytes = read_range(&*self.transport, &(start..range.start))?;
@@ -151,19 +154,24 @@ impl RemoteDisk {
             true => range.end,
             false => (range.end - range.end % alignment).max(start),
         };
-        if start < end {
-            let shared = self.whole_blocks.read();
-            let zeroed = answer_of(|done| self.transport.zero(start..end, punch, done)).wait();
-            drop(shared);
-            match zeroed {
-                Err(error) if is_fallocate_unsupported(&error) => {
-                    self.write_zeros(start..end)?;
-                }
+        let mut at = start;
+        while at < end {
+            let piece = at..end.min(at + MAX_ZERO);
+            at = piece.end;
+            match self.zero_blocks(piece.clone(), punch) {
+                Err(error) if is_fallocate_unsupported(&error) => self.write_zeros(piece)?,
                 zeroed => zeroed?,
             }
         }
         self.write_zeros(range.start..start)?;
         self.write_zeros(end.max(start)..range.end)
+    }
+
+    /// Zeros whole blocks. As for a [`write`](Self::write), the request is not given up meanwhile.
+    fn zero_blocks(&self, range: Range<u64>, punch: bool) -> io::Result<()> {
+        let _shared = self.whole_blocks.read();
+        let _held = hold_reply()?;
+        answer_of(|done| self.transport.zero(range, punch, done)).wait()
     }
 
     fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
@@ -205,8 +213,18 @@ impl RemoteDisk {
         // An answer to a question that was asked meanwhile may be of before the change.
         self.changes.fetch_add(1, Ordering::SeqCst);
         *self.extents.lock() = Default::default();
-        changed
+        changed.map_err(|error| as_told(&error))
     }
+}
+
+/// Whether the server did not answer in time, or has another image by now.
+fn is_outage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ETIMEDOUT | libc::ESTALE))
+}
+
+/// Returns the error that users of the disk get: `EIO` for an outage, as of any disk.
+fn as_told(error: &io::Error) -> io::Error {
+    os_error(if is_outage(error) { libc::EIO } else { error.raw_os_error().unwrap_or(libc::EIO) })
 }
 
 impl Layer for RemoteDisk {
@@ -231,9 +249,7 @@ impl Layer for RemoteDisk {
         let before = self.changes.load(Ordering::SeqCst);
         let found = match self.ask_extents(range.start) {
             Ok(found) => found,
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ETIMEDOUT | libc::ESTALE)) => {
-                return Err(error);
-            }
+            Err(error) if is_outage(&error) => return Err(as_told(&error)),
             // A server that cannot say holds data, for all that is known.
             Err(_) => return Ok(Extent::new(range, ExtentKind::Data)),
         };
@@ -254,7 +270,7 @@ impl Layer for RemoteDisk {
             return Err(os_error(libc::EAGAIN));
         }
         let range = offset..asked.end.min(self.size());
-        let bytes = read_range(&*self.transport, &range)?;
+        let bytes = read_range(&*self.transport, &range).map_err(|error| as_told(&error))?;
         buf.get_mut(..bytes.len()).ok_or_else(|| os_error(libc::EIO))?.copy_from_slice(&bytes);
         Ok(Extent::new(range, ExtentKind::Data))
     }
@@ -309,7 +325,7 @@ impl WritableLayer for RemoteDisk {
             Ok(()) => self.samples.end_flush(number),
             Err(_) => self.is_latched.store(true, Ordering::Release),
         }
-        flushed
+        flushed.map_err(|error| as_told(&error))
     }
 
     fn is_latched(&self) -> bool {

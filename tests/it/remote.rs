@@ -239,7 +239,7 @@ fn another_image_after_an_outage_is_not_written_to() {
     file.sync_all().unwrap();
     server.kill();
     let _server = Server::qemu(&lab, "other.img", "");
-    assert_eq!(errno_of(file.write_all_at(&[9; 4096], 6 * MIB)), libc::ESTALE);
+    assert_eq!(errno_of(file.write_all_at(&[9; 4096], 6 * MIB)), libc::EIO);
     assert!(file.sync_all().is_err());
     assert!(fs::read(lab.path("other.img")).unwrap() == noise(8 * MIB, 99));
     assert_eq!(read(&lab.open_ro("base.img"), 0, 8192), [[7; 4096], [8; 4096]].concat());
@@ -590,4 +590,71 @@ fn a_commit_into_an_export_that_is_cut_short_can_be_finished() {
     assert!(fs::read(lab.path("m/vm")).unwrap() == wanted);
     lab.umount();
     server.kill();
+}
+
+#[test]
+fn an_export_is_written_to_by_one_disk_alone() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    let _server = Server::qemu(&lab, "base.img", "");
+    let source = address(&lab);
+    for other in ["mode=rw", "mode=ro", "offset=1M,len=1M,mode=rw"] {
+        let line = lab.refused(1, &format!("mount m a={source},mode=rw b={source},{other}"));
+        assert!(line.contains("another disk of this mount writes to it"), "{line}");
+        let line = lab.refused(1, &format!("mount m a={source},mode=ro b={source},mode=rw"));
+        assert!(line.contains("another disk of this mount has it as its base"), "{line}");
+    }
+    lab.mount(&format!("a={source},mode=rw"));
+    let line = lab.refused(1, &format!("add m b={source},mode=ro"));
+    assert!(line.contains("writes to it"), "{line}");
+    lab.ok("remove m/a");
+    lab.ok(&format!("add m b={source},mode=ro"));
+    lab.ok(&format!("add m c={source}"));
+    lab.umount();
+}
+
+#[test]
+fn zeros_that_take_long_are_done_before_they_are_answered() {
+    let lab = Lab::new();
+    lab.sh("truncate -s 1G base.img");
+    let socket = lab.path("nbd.sock").display().to_string();
+    let slow = "delay-zero=1500ms delay-trim=1500ms";
+    let words = format!("-f -U {socket} --filter=delay file base.img {slow}");
+    let _server = Server::start(&lab, "nbdkit", &words);
+    lab.mount(&format!("-o io_timeout=2 vm={},mode=rw", address(&lab)));
+    let file = lab.open("m/vm");
+    let zeroed = fallocate(&file, rustix::fs::FallocateFlags::ZERO_RANGE, 0..1024 * MIB).is_ok();
+    // Whatever the answer is, nothing of it happens later.
+    file.write_all_at(&[7; 4096], 1000 * MIB).unwrap();
+    file.sync_all().unwrap();
+    assert!(zeroed);
+    thread::sleep(Duration::from_secs(4));
+    assert_eq!(read(&lab.open_ro("base.img"), 1000 * MIB, 4096), [7; 4096]);
+    drop(file);
+    lab.umount();
+}
+
+#[test]
+fn a_server_that_pauses_loses_no_changes() {
+    let lab = Lab::new();
+    lab.sh("truncate -s 64M base.img");
+    let socket = lab.path("nbd.sock").display().to_string();
+    let words = format!("-f -U {socket} --filter=delay file base.img delay-write=0");
+    let server = Server::start(&lab, "nbdkit", &words);
+    lab.mount(&format!("-o io_timeout=6 vm={},mode=rw", address(&lab)));
+    let file = lab.open("m/vm");
+    file.write_all_at(&[7; 4096], 0).unwrap();
+    let pid = rustix::process::Pid::from_child(&server.0.0);
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| file.write_all_at(&[8; 4096], 4096));
+        // More than half of the time after which it is lost.
+        thread::sleep(Duration::from_millis(4200));
+        rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+        writer.join().unwrap().unwrap();
+    });
+    file.sync_all().unwrap();
+    assert_eq!(read(&lab.open_ro("base.img"), 0, 8192), [[7; 4096], [8; 4096]].concat());
+    drop(file);
+    lab.umount();
 }

@@ -16,6 +16,7 @@ use crate::direct::RangeGuard;
 use crate::host;
 use crate::host::file_system::FsKind;
 use crate::layer::{Layer, ReadBelow, Wait, WritableLayer};
+use crate::pool::check_cancelled;
 use crate::zeros::ZEROS;
 
 /// The kind of a change, by its cost on the host.
@@ -172,6 +173,7 @@ impl RawBase {
     fn write_zeros(&self, range: Range<u64>, guard: Option<&RangeGuard<'_>>) -> io::Result<()> {
         let mut at = range.start;
         while at < range.end {
+            check_cancelled()?;
             let len = (range.end - at).min(ZEROS.len() as u64);
             #[expect(clippy::cast_possible_truncation, reason = "at most ZEROS.len()")]
             let zeros = &ZEROS[..len as usize];
@@ -230,6 +232,38 @@ mod tests {
         want[..10].fill(7);
         want[(3 << 20) - 10..].fill(7);
         assert!(got == want);
+    }
+
+    /// A request that is given up when it has been looked at so many times.
+    struct GivenUpAfter(std::cell::Cell<usize>);
+
+    impl crate::pool::Cancellable for GivenUpAfter {
+        fn is_cancelled(&self) -> bool {
+            let left = self.0.get();
+            self.0.set(left.saturating_sub(1));
+            left == 0
+        }
+
+        fn hold(&self) -> bool {
+            !self.is_cancelled()
+        }
+
+        fn release(&self) {}
+    }
+
+    #[test]
+    fn a_request_that_was_given_up_writes_no_more_zeros() {
+        let (file, raw) = base(8 << 20);
+        file.write_all_at(&vec![7; 8 << 20], 0).unwrap();
+        let zero = || raw.zero_range(0..8 << 20, &[]);
+        let given_up = GivenUpAfter(std::cell::Cell::new(3));
+        let error = crate::pool::run_cancellable(given_up, zero).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+        let mut got = vec![1; 8 << 20];
+        file.read_exact_at(&mut got, 0).unwrap();
+        let zeros = got.iter().take_while(|byte| **byte == 0).count();
+        assert_eq!(zeros, 3 << 20);
+        assert!(got[zeros..].iter().all(|byte| *byte == 7));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Merging of layers that no snapshot keeps separate any more.
 
 use std::collections::HashSet;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -30,12 +31,17 @@ enum MergeOutcome {
 impl Disk {
     /// Finds a layer that no name keeps separate from the only layer above it: returns the tree,
     /// the lower and the upper layer.
-    fn find_mergeable(&self) -> Option<(LayerTree, Uuid, Uuid)> {
-        let tree = self.overlay_location.tree()?;
-        tree.mergeable(|_| false)?;
-        let shared = self.layers_used_by_others().ok()?;
-        let (lower, upper) = tree.mergeable(|uuid| shared.contains(&uuid))?;
-        Some((tree, lower, upper))
+    ///
+    /// # Errors
+    /// The host's errno when the layers of other disks cannot be determined.
+    fn find_mergeable(&self) -> io::Result<Option<(LayerTree, Uuid, Uuid)>> {
+        let Some(tree) = self.overlay_location.tree() else { return Ok(None) };
+        if tree.mergeable(|_| false).is_none() {
+            return Ok(None);
+        }
+        let shared = self.layers_used_by_others()?;
+        let found = tree.mergeable(|uuid| shared.contains(&uuid));
+        Ok(found.map(|(lower, upper)| (tree, lower, upper)))
     }
 
     /// Whether the disk has no snapshots at all, and layers that can be merged: a commit waits for
@@ -43,7 +49,7 @@ impl Disk {
     pub(in crate::disk) fn is_mergeable(&self) -> bool {
         let is_nameless =
             self.overlay_location.tree().is_some_and(|tree| tree.snapshots.is_empty());
-        is_nameless && !self.operations.is_ending() && self.find_mergeable().is_some()
+        is_nameless && !self.operations.is_ending() && matches!(self.find_mergeable(), Ok(Some(_)))
     }
 
     /// Whether `merge_layers` has work to do.
@@ -75,7 +81,10 @@ impl Disk {
             let Ok(operation) = self.operations.begin_in_background("the merging of layers") else {
                 return Ok(MergeOutcome::Interrupted);
             };
-            let Some((tree, lower, upper)) = self.find_mergeable() else {
+            let found = self.find_mergeable();
+            let found =
+                found.map_err(OperationError::io("looking for the layers of other disks"))?;
+            let Some((tree, lower, upper)) = found else {
                 return Ok(MergeOutcome::Complete);
             };
             if self.is_latched() {
@@ -403,6 +412,31 @@ mod tests {
         assert_eq!(disk.handle_count(), 0);
         let refused = disk.commit(Force::Yes, &|| false).unwrap_err().to_string();
         assert!(refused.contains("blank"), "{refused}");
+    }
+
+    #[test]
+    fn a_merge_is_tried_again_when_the_layers_of_others_were_not_known() {
+        let room = tempfile::tempdir().unwrap();
+        let disk = disk(&room.path().join("ov"));
+        for name in ["a", "b"] {
+            disk.write(b"data", 4096, Wait::Yes).unwrap();
+            disk.snapshot(Some(name)).unwrap();
+        }
+        let is_broken = Arc::new(std::sync::atomic::AtomicBool::new(true));
+        let (seen, layer_cache) = (Arc::clone(&is_broken), disk.history.layer_cache());
+        disk.share_layers(
+            &layer_cache,
+            Arc::new(move |_| match seen.load(Ordering::SeqCst) {
+                true => Err(io::Error::from_raw_os_error(libc::EIO)),
+                false => Ok(HashSet::new()),
+            }),
+        );
+        disk.delete_snapshot("a").unwrap();
+        assert!(disk.merge_layers().is_err() && disk.needs_merge());
+        is_broken.store(false, Ordering::SeqCst);
+        disk.merge_layers().unwrap();
+        assert!(!disk.needs_merge());
+        assert_eq!(disk.layer_usages().len(), 2);
     }
 
     #[test]

@@ -98,23 +98,8 @@ impl CacheDir {
             error => untrusted(error),
         })?;
         trust::check(&root).map_err(untrusted)?;
-        match confined::read_file(&root, MARKER_FILE, MAX_MARKER_LEN) {
-            Ok(text) if text == MARKER.as_bytes() => {}
-            Ok(_) => return Err(CacheError::Version(path.to_owned())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let ours = [LOST_AND_FOUND, NEW_MARKER_FILE];
-                let names = entry_names(&root).map_err(io)?;
-                if names.iter().any(|name| !ours.contains(&name.as_str())) {
-                    return Err(CacheError::NotACache(path.to_owned()));
-                }
-                let bytes = MARKER.as_bytes();
-                confined::replace_file(&root, MARKER_FILE, NEW_MARKER_FILE, bytes).map_err(io)?;
-            }
-            // Longer than a mark can be.
-            Err(error) if error.raw_os_error() == Some(libc::EFBIG) => {
-                return Err(CacheError::Version(path.to_owned()));
-            }
-            Err(error) => return Err(io(error)),
+        if !has_mark(path, &root)? {
+            make_mark(path, &root)?;
         }
         Ok(Self { path: path.to_owned(), root })
     }
@@ -250,6 +235,51 @@ impl ImageDir {
         ours.iter().try_for_each(|file| confined::remove_file(&files, file))?;
         Ok(rustix::fs::unlinkat(root, name, AtFlags::REMOVEDIR)?)
     }
+}
+
+/// Whether the directory `root`, at `path`, has the mark.
+fn has_mark(path: &Path, root: &File) -> Result<bool, CacheError> {
+    match confined::read_file(root, MARKER_FILE, MAX_MARKER_LEN) {
+        Ok(text) if text == MARKER.as_bytes() => Ok(true),
+        Ok(_) => Err(CacheError::Version(path.to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        // Longer than a mark can be.
+        Err(error) if error.raw_os_error() == Some(libc::EFBIG) => {
+            Err(CacheError::Version(path.to_owned()))
+        }
+        Err(error) => Err(CacheError::Dir { dir: path.to_owned(), error }),
+    }
+}
+
+/// Marks the directory `root`, at `path`, which must hold nothing else. The directory is locked meanwhile:
+/// another mount may be about to do the same.
+fn make_mark(path: &Path, root: &File) -> Result<(), CacheError> {
+    let io = |error| CacheError::Dir { dir: path.to_owned(), error };
+    let start = Instant::now();
+    loop {
+        match rustix::fs::flock(root, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < LOCK_TIMEOUT => {
+                thread::sleep(POLL_INTERVAL);
+            }
+            Err(error) => return Err(io(error.into())),
+        }
+    }
+    let mark = || {
+        if has_mark(path, root)? {
+            return Ok(());
+        }
+        let ours = [LOST_AND_FOUND, NEW_MARKER_FILE];
+        let names = entry_names(root).map_err(io)?;
+        if names.iter().any(|name| !ours.contains(&name.as_str())) {
+            return Err(CacheError::NotACache(path.to_owned()));
+        }
+        let bytes = MARKER.as_bytes();
+        confined::replace_file(root, MARKER_FILE, NEW_MARKER_FILE, bytes).map_err(io)
+    };
+    let marked = mark();
+    let unlocked = rustix::fs::flock(root, FlockOperation::Unlock);
+    marked.and_then(|()| unlocked.map_err(|error| io(error.into())))
 }
 
 /// Whether `name` is spelt as the directory of an image is.

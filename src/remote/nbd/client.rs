@@ -39,7 +39,8 @@ use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::program::stop::Stop;
 use crate::remote::transport::{
-    ChangeDone, ExtentsDone, IdentityCheck, ReadDone, RequestLimits, Transport, WritableTransport,
+    ChangeDone, ExtentsDone, IdentityCheck, MAX_ZERO, ReadDone, RequestLimits, Transport,
+    WritableTransport,
 };
 
 /// The longest range of one block status with compact headers, whose lengths have 32 bits, and with
@@ -223,7 +224,7 @@ impl WritableTransport for NbdClient {
         if !self.shared.export.flags.can_zero() {
             return done(Err(os_error(libc::EOPNOTSUPP)));
         }
-        match self.is_inside(&range) {
+        match self.is_inside(&range) && range.end - range.start <= MAX_ZERO {
             true => {
                 let durability = self.durability();
                 self.shared.begin(Operation::Zero { range, punch, durability, done });

@@ -11,10 +11,6 @@ use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::remote::transport::{ChangeDone, ExtentsDone, ReadDone};
 
-/// The most bytes of one `NBD_CMD_WRITE_ZEROES`: a whole number of blocks of any size, far below the
-/// 2^32 of compact headers, and not longer at work than a server can be silent.
-pub(super) const MAX_ZERO: u64 = 256 << 20;
-
 /// What is asked for.
 pub(super) enum Operation {
     /// `have` came before an earlier connection was lost.
@@ -92,8 +88,7 @@ impl Operation {
             }
             Self::Zero { range, punch, durability, .. } => {
                 let command = Command::WriteZeroes { punch: *punch, durability: *durability };
-                let piece = range.start..range.end.min(range.start.saturating_add(MAX_ZERO));
-                (command, piece, Expected::Done, None)
+                (command, range.clone(), Expected::Done, None)
             }
             Self::Flush { .. } => (Command::Flush, 0..0, Expected::Done, None),
         }
@@ -125,6 +120,11 @@ impl Operation {
     /// Returns whether it changes the image.
     pub(super) fn is_change(&self) -> bool {
         matches!(self, Self::Write { .. } | Self::Zero { .. })
+    }
+
+    /// Returns whether it changes the image, or makes changes durable.
+    pub(super) fn changes_or_flushes(&self) -> bool {
+        self.is_change() || matches!(self, Self::Flush { .. })
     }
 
     /// Ends the request with what it brought.

@@ -14,7 +14,7 @@ use super::codec::export::Export;
 use super::codec::replies::Event;
 use super::codec::request::encode;
 use super::connection::Connection;
-use super::request::{MAX_ZERO, Operation, Outcome, Request};
+use super::request::{Operation, Outcome, Request};
 
 /// The most bytes of reads and writes on their way to or from the server.
 const MAX_BYTES: usize = 64 << 20;
@@ -102,17 +102,11 @@ impl State {
         if self.changes.may_be_lost && matches!(operation, Operation::Flush { .. }) {
             return Err(operation.fail(libc::EIO));
         }
-        let cookie = self.insert(operation, timeout);
+        let (cookie, deadline) = (self.next_cookie, Instant::now() + timeout);
+        self.next_cookie += 1;
+        self.requests.insert(cookie, Request { operation, deadline, sent: None });
         self.queue.push_back(cookie);
         Ok(())
-    }
-
-    fn insert(&mut self, operation: Operation, timeout: Duration) -> u64 {
-        let cookie = self.next_cookie;
-        self.next_cookie += 1;
-        let deadline = Instant::now() + timeout;
-        self.requests.insert(cookie, Request { operation, deadline, sent: None });
-        cookie
     }
 
     /// Gives queued requests to connections, and returns those that have something to send.
@@ -168,7 +162,7 @@ impl State {
     }
 
     /// Ends the request of `event`; `None` when it goes on, or is over already.
-    pub(super) fn answer(&mut self, event: Event, timeout: Duration) -> Option<Outcome> {
+    pub(super) fn answer(&mut self, event: Event) -> Option<Outcome> {
         let mut request = self.remove(event.cookie)?;
         let answer = match event.result {
             Ok(answer) => answer,
@@ -180,14 +174,6 @@ impl State {
                     return Some(request.operation.fail(libc::EIO));
                 }
                 self.changes.durable = self.changes.durable.max(*covers);
-            }
-            Operation::Zero { range, .. } if range.end - range.start > MAX_ZERO => {
-                range.start += MAX_ZERO;
-                // This piece may be lost before the last one is done.
-                self.changes.answered += u64::from(self.needs_flush);
-                let cookie = self.insert(request.operation, timeout);
-                self.queue.push_front(cookie);
-                return None;
             }
             operation if operation.is_change() && self.needs_flush => self.changes.answered += 1,
             _ => {}
@@ -238,8 +224,10 @@ impl State {
         !self.requests.is_empty()
     }
 
-    /// Ends the requests whose time is over. Ends connections too: those on which the server has said
-    /// nothing since such a request was sent, or nothing for `silence` while one was open.
+    /// Ends the requests whose time is over. Ends connections too: those on which such a change was sent,
+    /// which must not be sent, or done, any later; those on which the server has said nothing since such a
+    /// request was sent; and those on which it has said nothing for `silence` while only reads were open.
+    /// A change may take the server long, and with the connection those would be lost that need a flush.
     pub(super) fn expire(&mut self, now: Instant, silence: Duration) -> Vec<Outcome> {
         let is_over = |request: &Request| request.deadline <= now;
         let over = self.requests.iter().filter(|(_, request)| is_over(request));
@@ -249,11 +237,15 @@ impl State {
         for cookie in over {
             let Some(request) = self.remove(cookie) else { continue };
             if let Some((at, since)) = request.sent {
-                self.end_connection_if(at, |heard| heard <= since);
+                let is_change = request.operation.is_change();
+                self.end_connection_if(at, |heard| is_change || heard <= since);
             }
             outcomes.push(request.operation.fail(libc::ETIMEDOUT));
         }
-        for (at, since) in self.requests.values().filter_map(|request| request.sent) {
+        let has_changes = self.changes.answered > self.changes.durable
+            || self.requests.values().any(|request| request.operation.changes_or_flushes());
+        let sent = self.requests.values().filter_map(|request| request.sent);
+        for (at, since) in sent.filter(|_| !has_changes) {
             self.end_connection_if(at, |heard| heard.max(since) + silence <= now);
         }
         outcomes
@@ -337,22 +329,9 @@ mod tests {
     }
 
     fn answer(state: &mut State, cookie: u64) {
-        if let Some(ended) = state.answer(Event { cookie, result: Ok(Answer::Done) }, LONG) {
+        if let Some(ended) = state.answer(Event { cookie, result: Ok(Answer::Done) }) {
             ended.tell();
         }
-    }
-
-    #[test]
-    fn a_piece_of_zeros_that_is_lost_before_the_last_one_fails_the_flush() {
-        let mut state = state(0x45);
-        let zeros = zero(&mut state, 2 * MAX_ZERO + 5);
-        answer(&mut state, 0);
-        assert_eq!(state.lose(0, Vec::new(), 1).len(), 0);
-        answer(&mut state, 1);
-        assert_eq!(zeros.load(Ordering::SeqCst), -1);
-        answer(&mut state, 2);
-        assert_eq!(zeros.load(Ordering::SeqCst), 0);
-        assert_eq!(flush(&mut state).load(Ordering::SeqCst), libc::EIO);
     }
 
     #[test]
@@ -388,7 +367,7 @@ mod tests {
         let after = Instant::now() + LONG + LONG;
         state.expire(after, LONG).into_iter().for_each(Outcome::tell);
         assert_eq!(late.load(Ordering::SeqCst), libc::ETIMEDOUT);
-        assert!(state.answer(Event { cookie: 0, result: Ok(Answer::Done) }, LONG).is_none());
+        assert!(state.answer(Event { cookie: 0, result: Ok(Answer::Done) }).is_none());
         assert!(!state.has_requests());
     }
 }

@@ -434,3 +434,21 @@ fn a_directory_with_a_mark_of_another_kind_is_refused() {
         assert!(matches!(refused, Err(CacheError::Version(_))));
     }
 }
+
+#[test]
+fn two_mounts_may_make_a_directory_at_once() {
+    let room = room();
+    for round in 0..40 {
+        let dir = room.path().join(format!("new{round}/cache"));
+        let opened = std::thread::scope(|scope| {
+            let open = |image: &'static [u8]| {
+                let dir = &dir;
+                scope.spawn(move || Cache::open_limited(dir, image, SIZE, CAP).map(|_| ()))
+            };
+            [open(b"a"), open(b"b")].map(|opening| opening.join().unwrap())
+        });
+        for opened in opened {
+            opened.unwrap_or_else(|error| panic!("round {round}: {error}"));
+        }
+    }
+}

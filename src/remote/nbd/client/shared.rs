@@ -128,12 +128,11 @@ impl Shared {
         let ends = events.iter().any(is_ending);
         events.retain(|event| !is_ending(event));
         self.update(|state| {
-            let timeout = self.options.io_timeout;
             let answers = events.drain(..).filter_map(|event| {
                 if let Err(failure) = &event.result {
                     log::debug!("{}: errno {}: {}", self.server, failure.errno, failure.text);
                 }
-                state.answer(event, timeout)
+                state.answer(event)
             });
             answers.collect()
         });

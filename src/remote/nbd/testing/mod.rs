@@ -148,6 +148,17 @@ impl Image {
     }
 }
 
+/// Whether somebody listens at `socket`. A socket is there before that, and refuses connections; and some
+/// servers take one connection alone.
+fn is_listening(socket: &Path) -> bool {
+    // The flags of a socket that listens: proc(5), `__SO_ACCEPTCON`.
+    let listens = |line: &str| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        words.get(3) == Some(&"00010000") && words.last().map(Path::new) == Some(socket)
+    };
+    fs::read_to_string("/proc/net/unix").is_ok_and(|sockets| sockets.lines().any(listens))
+}
+
 /// A server in the background.
 pub(super) struct TestServer(Child);
 
@@ -156,7 +167,7 @@ impl TestServer {
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null());
         let server = Self(command.spawn().unwrap_or_else(|error| panic!("{words:?}: {error}")));
-        eventually(|| socket.exists());
+        eventually(|| is_listening(socket));
         server
     }
 }

@@ -5,6 +5,7 @@ use std::net::TcpListener;
 
 use super::super::*;
 use crate::remote::nbd::testing::*;
+use crate::remote::transport::MAX_ZERO;
 
 /// Compares all reads and extents of `client` with the image.
 fn check_all(client: &NbdClient, image: &Image) {
@@ -158,12 +159,14 @@ fn writes_zeros_and_flushes_change_the_file() {
 }
 
 #[test]
-fn zeros_of_many_gibibytes_are_written_in_pieces() {
+fn zeros_are_written_up_to_the_most_of_a_request() {
     let image = Image::new();
     fs::File::options().write(true).open(image.path()).unwrap().set_len(5 << 30).unwrap();
     let _server = image.qemu_nbd(&["--persistent"]);
     let client = open(&image.socket(), "vm", NbdOptions { access: Access::ReadWrite, ..options() });
-    zero(&client, 4096..(5 << 30) - 1000, true).wait().unwrap();
+    let too_many = zero(&client, 4096..4097 + MAX_ZERO, true).wait().unwrap_err();
+    assert_eq!(too_many.raw_os_error(), Some(libc::EINVAL));
+    zero(&client, 4096..4096 + MAX_ZERO, true).wait().unwrap();
     let first = read(&client, 0..8192).wait().unwrap();
     assert_eq!(first[..4096], image.bytes[..4096]);
     assert!(first[4096..].iter().all(|byte| *byte == 0));
