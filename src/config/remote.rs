@@ -13,8 +13,11 @@ use super::error::escaped;
 const DEFAULT_FETCH: u64 = 256 << 10;
 /// The largest read-ahead by default: 16 MiB, the bytes on their way at 800 MB/s and 20 ms.
 const DEFAULT_AHEAD: u64 = 16 << 20;
-/// The number of connections, or of requests at a time, by default.
+/// The number of connections by default. NBD has many requests on each.
 const DEFAULT_CONNS: u32 = 8;
+/// That of HTTP, which has one request on each: as many as a reader with a queue of 16 needs to wait for one
+/// round trip a read.
+const DEFAULT_HTTP_CONNS: u32 = 16;
 /// The most bytes that are kept by default: 4 GiB.
 const DEFAULT_CACHE_SIZE: u64 = 4 << 30;
 
@@ -27,7 +30,7 @@ pub struct RemoteSpec {
     pub fetch: u64,
     /// The most that is read ahead of a sequential reader, in bytes.
     pub ahead: u64,
-    /// The most connections.
+    /// The most connections; over HTTP each has one request at a time.
     pub conns: u32,
     /// The directory in which what was fetched stays beyond the mount.
     pub read_cache: Option<PathBuf>,
@@ -58,11 +61,15 @@ impl RemoteSpec {
     /// Creates the spec of the image at `address`, all keys at their defaults. A command runs in `/`.
     #[must_use]
     pub fn new(address: RemoteAddress) -> Self {
+        let conns = match address.protocol() {
+            Protocol::Nbd => DEFAULT_CONNS,
+            Protocol::Http => DEFAULT_HTTP_CONNS,
+        };
         Self {
             address,
             fetch: DEFAULT_FETCH,
             ahead: DEFAULT_AHEAD,
-            conns: DEFAULT_CONNS,
+            conns,
             read_cache: None,
             read_cache_size: DEFAULT_CACHE_SIZE,
             tls_ca: None,

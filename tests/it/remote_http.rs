@@ -1,11 +1,13 @@
 //! Bases behind HTTP(S): images that nginx serves, mounted, changed and replaced.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -515,6 +517,70 @@ fn the_proxy_that_the_environment_names_is_asked() {
     let line =
         one_line(1, &mount("http://me:s3cret@127.0.0.1:1/", ""), "a proxy that is not there");
     assert!(line.contains("cannot connect") && !line.contains("s3cret"), "{line}");
+}
+
+/// A proxy that leads everything to `port`, asked by SOCKS 5 (RFC 1928) or by CONNECT (RFC 9110, 9.3.6);
+/// and the number of its connections.
+fn tunnelling(port: u16) -> (u16, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let own = listener.local_addr().unwrap().port();
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&count);
+    thread::spawn(move || {
+        for client in listener.incoming() {
+            let mut client = client.unwrap();
+            let mut first = [0; 2];
+            client.read_exact(&mut first).unwrap();
+            if first[0] == 5 {
+                client.read_exact(&mut vec![0; first[1].into()]).unwrap();
+                client.write_all(&[5, 0]).unwrap();
+                // Version, command, 0, the kind of a name, and its length.
+                let mut head = [0; 5];
+                client.read_exact(&mut head).unwrap();
+                assert_eq!((head[1], head[3]), (1, 3), "to a host by its name");
+                client.read_exact(&mut vec![0; usize::from(head[4]) + 2]).unwrap();
+                client.write_all(&[5, 0, 0, 1, 0, 0, 0, 0, 0, 0]).unwrap();
+            } else {
+                let mut head = first.to_vec();
+                while !head.ends_with(b"\r\n\r\n") {
+                    client.read_exact(&mut first[..1]).unwrap();
+                    head.push(first[0]);
+                }
+                assert!(head.starts_with(b"CONNECT 127.0.0.1:"), "{head:?}");
+                client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
+            }
+            counted.fetch_add(1, Ordering::SeqCst);
+            let mut server = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            let mut to_server = server.try_clone().unwrap();
+            let mut from_client = client.try_clone().unwrap();
+            thread::spawn(move || io::copy(&mut from_client, &mut to_server));
+            thread::spawn(move || io::copy(&mut server, &mut client));
+        }
+    });
+    (own, count)
+}
+
+#[test]
+fn tunnels_of_proxies_are_used() {
+    let lab = Lab::new();
+    lab.file_with_holes("base.img", MIB);
+    certify(&lab, "IP:127.0.0.1", "-days 9");
+    let nginx = Nginx::with_tls(&lab);
+    let secure = format!("{},tls-ca=ca.pem", nginx.tls_url("/base.img"));
+    let plain = "http://images.invalid/base.img".to_owned();
+    for (variable, scheme, url, port) in [
+        ("https_proxy", "http", secure, nginx.tls_port),
+        ("all_proxy", "socks5h", plain, nginx.port),
+    ] {
+        let (proxy, count) = tunnelling(port);
+        let mut command = lab.command(COWSLIP);
+        command.env(variable, format!("{scheme}://127.0.0.1:{proxy}"));
+        let output = command.args(["mount", "m", &format!("vm={url},mode=ro")]).output().unwrap();
+        assert!(output.status.success(), "{}", show(&output));
+        lab.sh("cmp base.img m/vm");
+        assert!(count.load(Ordering::SeqCst) > 0);
+        lab.umount();
+    }
 }
 
 #[test]
