@@ -37,10 +37,16 @@ fn is_as_qemu_reads_it(lab: &Lab, name: &str, format: &str, image: &str) {
 
 /// The process ids of the qemu-nbd that serve the mount at `m`.
 fn programs(lab: &Lab) -> Vec<u32> {
-    let children = lab.output("ps", &["-o", "pid=,comm=", "--ppid", &lab.pid().to_string()]);
-    let text = String::from_utf8(children.stdout).unwrap();
-    let lines = text.lines().filter(|line| line.contains("qemu-nbd"));
-    lines.map(|line| line.split_whitespace().next().unwrap().parse().unwrap()).collect()
+    let daemon = lab.pid().to_string();
+    let is_program = |pid: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // The name in parentheses, the state, the parent.
+        let (name, rest) = stat.rsplit_once(") ").unwrap_or_default();
+        name.ends_with("(qemu-nbd") && rest.split(' ').nth(1) == Some(&daemon) && is_alive(*pid)
+    };
+    let names = fs::read_dir("/proc").unwrap().flatten();
+    let pids = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(is_program).collect()
 }
 
 #[test]
