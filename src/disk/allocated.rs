@@ -16,20 +16,35 @@ use crate::stream::Stream;
 /// The most pieces that one count asks the layers for; all bytes after them count as data.
 const MAX_COUNTED_PIECES: usize = 64 << 10;
 
-/// The longest time of one count; all bytes after it count as data. QEMU needs 3 ms to look through
-/// 1 GiB of an empty VMDK image, and an image may say that it is as large as it likes.
-const MAX_COUNTING: Duration = Duration::from_secs(10);
+/// The longest time of one count; until the next one all bytes after it count as data. QEMU needs 3 ms to
+/// look through 1 GiB of an empty VMDK image, and an image may say that it is as large as it likes.
+const MAX_COUNTING: Duration = Duration::from_secs(2);
 
 /// The last count of the bytes of data in a file that shows a disk.
 #[derive(Debug, Default)]
 pub(super) struct AllocatedCache {
-    /// The revision of the layers, and the bytes.
-    last: Mutex<Option<(u64, u64)>>,
+    last: Mutex<Option<LastCount>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct LastCount {
+    /// That of the layers; `None` where they have none.
+    revision: Option<u64>,
+    count: Count,
+}
+
+/// The bytes of data in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Count {
+    bytes: u64,
+    /// Where the time was over. The next count comes further, since layers remember what they were told.
+    cut_at: Option<u64>,
 }
 
 impl AllocatedCache {
     /// Returns the cached figure if it belongs to `revision`, else that of `count`. When `count`
-    /// would have to wait, returns the older figure and marks it in `is_stale`.
+    /// would have to wait, returns the older figure; marks in `is_stale` a figure that another count
+    /// can better.
     ///
     /// # Errors
     /// The errors of `count`; `EAGAIN` only as long as nothing was counted yet.
@@ -37,22 +52,29 @@ impl AllocatedCache {
         &self,
         revision: Option<u64>,
         is_stale: &AtomicBool,
-        count: impl FnOnce() -> io::Result<u64>,
+        count: impl FnOnce() -> io::Result<Count>,
     ) -> io::Result<u64> {
         let last = *self.last.lock();
-        if let Some((at, bytes)) = last
-            && revision == Some(at)
+        if let Some(LastCount { revision: at, count: Count { bytes, cut_at: None } }) = last
+            && revision.is_some()
+            && revision == at
         {
             return Ok(bytes);
         }
         match (count(), last) {
-            (Ok(bytes), _) => {
-                *self.last.lock() = Some((revision.unwrap_or(0), bytes));
-                Ok(bytes)
+            (Ok(mut count), last) => {
+                let before = last.and_then(|last| last.count.cut_at);
+                // One that comes no further would be repeated for ever.
+                count.cut_at = count.cut_at.filter(|at| before.is_none_or(|before| before < *at));
+                if count.cut_at.is_some() {
+                    is_stale.store(true, Ordering::Relaxed);
+                }
+                *self.last.lock() = Some(LastCount { revision, count });
+                Ok(count.bytes)
             }
-            (Err(error), Some((_, bytes))) if error.raw_os_error() == Some(libc::EAGAIN) => {
+            (Err(error), Some(last)) if error.raw_os_error() == Some(libc::EAGAIN) => {
                 is_stale.store(true, Ordering::Relaxed);
-                Ok(bytes)
+                Ok(last.count.bytes)
             }
             (Err(error), _) => Err(error),
         }
@@ -121,9 +143,10 @@ fn count_data(
     range: Range<u64>,
     wait: Wait,
     time: Duration,
-) -> io::Result<u64> {
+) -> io::Result<Count> {
     let until = Instant::now() + time;
     let end = range.end.min(layers.size());
+    let mut cut_at = None;
     let (mut held, mut counted_to) = (range.end.saturating_sub(end), range.start.min(end));
     for piece in layers.pieces(range.start..end, wait).take(MAX_COUNTED_PIECES) {
         let (extent, _) = piece?;
@@ -131,11 +154,12 @@ fn count_data(
         if extent.kind != ExtentKind::Hole {
             held += extent.len();
         }
-        if Instant::now() >= until {
+        if counted_to < end && Instant::now() >= until {
+            cut_at = Some(counted_to);
             break;
         }
     }
-    Ok(held + (end - counted_to))
+    Ok(Count { bytes: held + (end - counted_to), cut_at })
 }
 
 #[cfg(test)]
@@ -190,18 +214,43 @@ mod tests {
     fn counting_stops_after_so_many_pieces_and_the_rest_is_data() {
         let (crumbs, layers) = crumbs();
         let counted = count_data(&layers, 0..1 << 62, Wait::Yes, LONG).unwrap();
-        assert_eq!(counted, (1 << 62) - MAX_COUNTED_PIECES as u64 * 4096);
+        let bytes = (1 << 62) - MAX_COUNTED_PIECES as u64 * 4096;
+        assert_eq!(counted, Count { bytes, cut_at: None });
         assert_eq!(crumbs.asked.load(Ordering::Relaxed), MAX_COUNTED_PIECES);
-        assert_eq!(count_data(&layers, 5..40_000, Wait::Yes, LONG).unwrap(), 0);
+        assert_eq!(count_data(&layers, 5..40_000, Wait::Yes, LONG).unwrap().bytes, 0);
         // As for a partition that reaches past the end.
-        assert_eq!(count_data(&layers, (1 << 62) - 9..(1 << 62) + 9, Wait::Yes, LONG).unwrap(), 9);
+        assert_eq!(
+            count_data(&layers, (1 << 62) - 9..(1 << 62) + 9, Wait::Yes, LONG).unwrap().bytes,
+            9
+        );
     }
 
     #[test]
     fn counting_stops_when_it_takes_too_long_and_the_rest_is_data() {
         let (crumbs, layers) = crumbs();
         let counted = count_data(&layers, 0..1 << 62, Wait::Yes, Duration::ZERO).unwrap();
-        assert_eq!((counted, crumbs.asked.load(Ordering::Relaxed)), ((1 << 62) - 4096, 1));
+        assert_eq!(counted, Count { bytes: (1 << 62) - 4096, cut_at: Some(4096) });
+        assert_eq!(crumbs.asked.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_count_that_was_cut_short_is_repeated_as_long_as_it_comes_further() {
+        let (cache, is_stale) = (AllocatedCache::default(), AtomicBool::new(false));
+        let count = |bytes, cut_at| {
+            let counted = cache.get_or_count(Some(7), &is_stale, || Ok(Count { bytes, cut_at }));
+            (counted.unwrap(), is_stale.swap(false, Ordering::Relaxed))
+        };
+        assert_eq!(count(100, Some(10)), (100, true));
+        assert_eq!(count(90, Some(20)), (90, true));
+        let busy = cache
+            .get_or_count(Some(7), &is_stale, || Err(io::Error::from_raw_os_error(libc::EAGAIN)));
+        assert_eq!((busy.unwrap(), is_stale.swap(false, Ordering::Relaxed)), (90, true));
+        assert_eq!(count(90, Some(20)), (90, false));
+        // That was the last one, until something changes.
+        assert_eq!(count(1, None), (90, false));
+        let changed =
+            cache.get_or_count(Some(8), &is_stale, || Ok(Count { bytes: 5, cut_at: None }));
+        assert_eq!(changed.unwrap(), 5);
     }
 
     /// A request that is given up when it has been looked at so many times.
