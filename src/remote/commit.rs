@@ -13,8 +13,9 @@ use std::sync::Arc;
 
 use super::base::RemoteBase;
 use super::error::RemoteError;
-use super::image::{RemoteImage, check_identity, identity_of};
+use super::image::RemoteImage;
 use super::open::{base_over, count_users, replace_open, unreadable};
+use super::samples::{check_identity, identity_of};
 use super::writable::RemoteDisk;
 use super::writer_guard::WriterGuard;
 use crate::config::{Protocol, RemoteAddress};

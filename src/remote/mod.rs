@@ -25,6 +25,7 @@ mod image;
 mod nbd;
 mod open;
 mod plan;
+mod samples;
 mod served;
 mod tls;
 mod transport;

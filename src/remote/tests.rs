@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::base::RemoteBase;
 use super::cache::Cache;
-use super::image::identity_of;
+use super::samples::identity_of;
 use super::testing::{MemoryServer, SharedServer, address, pattern};
 use super::transport::RequestLimits;
 use super::{RemoteDisk, RemoteImage};

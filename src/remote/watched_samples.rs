@@ -21,7 +21,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::answer::answer_of;
-use super::image::Sample;
+use super::samples::Sample;
 use super::transport::{IdentityCheck, ReadRanges, Transport};
 use crate::identity::SampleHash;
 
