@@ -10,7 +10,7 @@ use super::mount::current_dir;
 use super::plan;
 use super::progress::{ProgressDisplay, Verbosity};
 use super::{CliError, EXIT_OK, print_line};
-use crate::config::{DiskSource, DiskSpec, Flow, SinkSpec, SourceSpec};
+use crate::config::{DiskSource, DiskSpec, Flow, SinkSpec, SourceSpec, without_queries};
 use crate::control::api::{Lines, MountRequest};
 
 #[derive(Debug, Args)]
@@ -72,7 +72,8 @@ fn request(args: &AddArgs, dir: &Path) -> anyhow::Result<MountRequest> {
 fn swapped_error(args: &AddArgs) -> Option<anyhow::Error> {
     let mount = Endpoint::of(Path::new(&args.disk)).ok()?;
     mount.disk.is_none().then(|| {
-        let (mount, disk) = (args.disk.to_string_lossy(), args.mountpoint.display());
+        let (mount, disk) = (args.disk.to_string_lossy(), args.mountpoint.to_string_lossy());
+        let disk = without_queries(&disk);
         CliError::usage(format!("MOUNTPOINT comes first: cowslip add {mount} {disk}"))
     })
 }

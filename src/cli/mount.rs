@@ -13,6 +13,7 @@ use serde::de::IgnoredAny;
 use super::client::Endpoint;
 use super::plan::{CommonArgs, MountCommand};
 use super::{CliError, EXIT_OK, signal_exit_code, warn};
+use crate::config::without_queries;
 use crate::host::mountinfo;
 use crate::mount::daemon::{self, ForkSide, NoteOutput, StartOutcome, StartupReporter};
 use crate::mount::kernel::{MountHandle, MountHealth, UnmountMode};
@@ -158,7 +159,8 @@ fn check_order(first: &Path, rest: &[OsString]) -> anyhow::Result<()> {
         meant.map_or((OsStr::new("m"), rest), |(last, others)| (last.as_os_str(), others));
     let words = [mountpoint, first.as_os_str()].into_iter();
     let words = words.chain(others.iter().map(OsString::as_os_str));
-    let words: Vec<_> = words.map(OsStr::to_string_lossy).collect();
+    let shown = |word: &OsStr| without_queries(&word.to_string_lossy()).into_owned();
+    let words: Vec<_> = words.map(shown).collect();
     let line = format!("MOUNTPOINT comes first: cowslip mount {}", words.join(" "));
     Err(CliError::usage(line))
 }

@@ -224,7 +224,12 @@ pub(super) fn without_query(text: &str) -> &str {
 pub(crate) fn without_queries(text: &str) -> Cow<'_, str> {
     let mut shown = String::new();
     let mut rest = text;
-    let start_of = |rest: &str| ["http://", "https://"].iter().filter_map(|it| rest.find(it)).min();
+    // What is refused for its capitals is shown, too.
+    let lower = text.to_ascii_lowercase();
+    let start_of = |rest: &str| {
+        let lower = &lower[text.len() - rest.len()..];
+        ["http://", "https://"].iter().filter_map(|scheme| lower.find(scheme)).min()
+    };
     while let Some(at) = start_of(rest) {
         let (before, address) = rest.split_at(at);
         let (address, after) = address.split_at(end_of_piece(address));
@@ -306,6 +311,7 @@ mod tests {
         for (text, shown) in [
             ("vm=https://h/a,,b?s,,t,mode=ro", "vm=https://h/a,,b?...,mode=ro"),
             ("http://h/?s", "http://h/?..."),
+            ("ü=HTTPS://h/?s,len=3", "ü=HTTPS://h/?...,len=3"),
             ("http://h/a,len=3", "http://h/a,len=3"),
             ("a?b,c", "a?b,c"),
             ("x=http://h?s,y=https://i?t", "x=http://h?...,y=https://i?..."),
