@@ -4,8 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::BaseAccess;
-use super::foreign::ForeignError;
-use super::formats::BaseFormat;
+use super::advice::{reader_of, way_of_changes};
+use super::foreign::error::ForeignError;
 use super::lock::LockError;
 use super::qcow2::ChainError;
 use super::view::ViewError;
@@ -77,7 +77,7 @@ pub enum BaseError {
     /// The format is only read; QEMU writes such images.
     #[error(
         "'{}' is a {format} image, which is only read: keep the changes in an overlay, and then {}",
-        path.display(), BaseFormat::of(*format).way_of_changes()
+        path.display(), way_of_changes(*format)
     )]
     ReadOnlyFormat {
         /// The path as given.
@@ -158,28 +158,4 @@ fn verb(access: BaseAccess) -> &'static str {
         BaseAccess::Read => "read",
         BaseAccess::Write => "write",
     }
-}
-
-/// Returns the command that shows the image at `path`, in a forensic format, as a raw one.
-fn reader_of(path: &Path, format: Format) -> String {
-    let program = if format == Format::Aff { "affuse" } else { "ewfmount" };
-    format!("{program} {} DIR", shell_quote(path))
-}
-
-/// Returns the command that makes a raw image of `path`, to be pasted into a shell.
-pub(super) fn convert_command(path: &Path, format: Format) -> String {
-    let suffix = if path.extension().is_some_and(|suffix| suffix == "img") { "raw" } else { "img" };
-    let output = path.with_extension(suffix);
-    let (input, output) = (shell_quote(path), shell_quote(&output));
-    format!("qemu-img convert -f {format} -O raw {input} {output}")
-}
-
-/// Quotes `path` as one word of a POSIX shell.
-fn shell_quote(path: &Path) -> String {
-    let text = path.to_string_lossy();
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:,@%=".contains(c);
-    if text.chars().all(is_plain) {
-        return text.into_owned();
-    }
-    format!("'{}'", text.replace('\'', r"'\''"))
 }

@@ -4,13 +4,12 @@
 //! the disk to be those of its file ask that table. The names are those of
 //! [`Format`].
 
-use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use super::error::BaseError;
-use super::image::BaseImage;
+use super::image::{BaseImage, OpenedImage};
 use super::{BaseOptions, foreign, qcow2};
 use crate::config::Format;
 use crate::layer::{self, Layer};
@@ -52,14 +51,6 @@ enum Support {
 
 /// Opens an image, with the files that it needs.
 type Opener = fn(BaseImage, &BaseOptions<'_>) -> Result<OpenedImage, BaseError>;
-
-/// An image that was opened.
-pub(super) struct OpenedImage {
-    /// The layer that reads it.
-    pub(super) layer: Arc<dyn Layer>,
-    /// The other files that it is read from, the nearest first.
-    pub(super) needs: Vec<(PathBuf, Arc<File>)>,
-}
 
 /// All formats. Where the marks of two fit, the first row counts; so `qcow` is before `qcow2`.
 const FORMATS: &[BaseFormat] = &[
@@ -155,16 +146,6 @@ impl BaseFormat {
     #[must_use]
     pub fn is_foreign(&self) -> bool {
         matches!(self.support, Support::Foreign)
-    }
-
-    /// What to do with changes over a base of this format, which is only read.
-    #[must_use]
-    pub fn way_of_changes(&self) -> &'static str {
-        match self.format {
-            // QEMU reads them, too, and no more.
-            Format::Dmg => "copy the disk out",
-            _ => "cowslip diff FILE -o new.qcow2, then qemu-img commit new.qcow2",
-        }
     }
 
     /// Opens `image`, of a format that was checked.

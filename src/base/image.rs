@@ -35,6 +35,14 @@ impl BaseImage {
     }
 }
 
+/// An image that was opened.
+pub(super) struct OpenedImage {
+    /// The layer that reads it.
+    pub(super) layer: Arc<dyn Layer>,
+    /// The other files that it is read from, the nearest first.
+    pub(super) needs: Vec<(PathBuf, Arc<File>)>,
+}
+
 impl From<BaseFile> for BaseImage {
     fn from(file: BaseFile) -> Self {
         let (name, layer) = (file.real_path.clone(), Arc::clone(&file.raw));

@@ -19,6 +19,7 @@
 //! read-only; the locks of a base are held until its layer is dropped; an ambiguous base is refused
 //! here with the remedy for the user, never guessed at.
 
+pub mod advice;
 pub mod blank;
 mod error;
 mod file;
@@ -43,8 +44,9 @@ pub use self::error::BaseError;
 pub use self::file::{BaseFile, WritableBase, open_writable};
 use self::file::{open_base_file, open_located};
 pub use self::foreign::ForeignError;
-use self::formats::{OpenedImage, check_format};
+use self::formats::check_format;
 pub use self::image::BaseImage;
+use self::image::OpenedImage;
 use self::view::RangeView;
 use crate::config::{DirectIo, DiskSource, Format, Locking, Passthrough, RemoteSpec, SourcePart};
 use crate::identity::Identity;
@@ -250,7 +252,7 @@ mod tests {
 
     use super::testing::UnreachableBelow;
     use super::*;
-    use crate::base::error::convert_command;
+    use crate::base::advice::convert_command;
     use crate::base::lock::LockError;
     use crate::extents::ExtentKind;
     use crate::host::testing::{LoopDevice, run};

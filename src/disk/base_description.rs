@@ -7,12 +7,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::Disk;
 use crate::base::formats::BaseFormat;
 use crate::base::{Base, BaseOptions};
-use crate::config::Format;
+use crate::config::{Format, RemoteAddress};
 use crate::identity::Identity;
 use crate::overlay::stack::{BaseRecord, FileRecord, view_fields};
-use crate::remote::RemoteImage;
+use crate::remote::{RemoteImage, RemoteStatus};
 
 /// A base that cannot be read for the identity by which it is recognised later.
 #[derive(Debug, thiserror::Error)]
@@ -253,6 +254,42 @@ impl BaseDescription {
         match self {
             Self::File { file, .. } => file.metadata().ok(),
             Self::Remote { .. } | Self::Blank(_) => None,
+        }
+    }
+}
+
+/// The base as `status` shows it.
+impl Disk {
+    /// The path of the disk's base in `status`; `None` without a file.
+    #[must_use]
+    pub fn base_path(&self) -> Option<PathBuf> {
+        self.described_base().path().map(Path::to_owned)
+    }
+
+    /// The address of the disk's base; `None` for a base on this host.
+    #[must_use]
+    pub fn base_address(&self) -> Option<RemoteAddress> {
+        self.described_base().remote().map(|remote| remote.address().clone())
+    }
+
+    /// What was fetched of the disk's base; `None` for a base that is not fetched.
+    #[must_use]
+    pub fn remote_status(&self) -> Option<RemoteStatus> {
+        self.described_base().remote().and_then(RemoteImage::status)
+    }
+
+    /// Returns the format of the disk's base; `None` for zeros.
+    #[must_use]
+    pub fn base_format(&self) -> Option<Format> {
+        self.described_base().format()
+    }
+
+    /// Describes the disk's base for `status`.
+    #[must_use]
+    pub fn base_description(&self) -> String {
+        match (&*self.described_base(), self.hydration.is_detached()) {
+            (BaseDescription::Blank(size), true) => format!("blank:{size}"),
+            _ => self.source.clone(),
         }
     }
 }

@@ -12,6 +12,7 @@ use super::history::ResetSizes;
 use super::operation::{Force, Operation};
 use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
+use crate::base::advice::way_of_changes;
 use crate::base::formats::BaseFormat;
 use crate::base::view::RangeView;
 use crate::base::{self, WritableBase};
@@ -69,7 +70,7 @@ impl Disk {
         if !BaseFormat::of(*format).is_plain() {
             return Err(OperationError::Refused(format!(
                 "its base is a {format} image, which is only read: {}",
-                BaseFormat::of(*format).way_of_changes()
+                way_of_changes(*format)
             )));
         }
         self.check_base_identity(overlay.is_committing())?;

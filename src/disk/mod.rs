@@ -51,7 +51,7 @@ mod space;
 mod stream;
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
@@ -89,16 +89,13 @@ use self::references::References;
 pub use self::references::{HandleAccess, InUse};
 pub use self::space::FsSpace;
 use self::space::SpaceFailures;
-use crate::config::{
-    CopyUp, DirectIo, DiskMode, DiskSpec, Format, Passthrough, RemoteAddress, Resize,
-};
+use crate::config::{CopyUp, DirectIo, DiskMode, DiskSpec, Passthrough, Resize};
 use crate::layer::{Wait, WritableLayer};
 use crate::overlay::persist::Holder;
 use crate::overlay::recover::Recovered;
 use crate::overlay::reflink::Reflink;
 use crate::overlay::stack::inode_of;
 use crate::overlay::{DEFAULT_BLOCK_SIZE, Overlay};
-use crate::remote::{RemoteImage, RemoteStatus};
 use crate::stream::Stream;
 
 /// A mounted disk.
@@ -353,39 +350,6 @@ impl Disk {
     pub fn latch(&self) {
         if let Some(overlay) = self.overlay() {
             overlay.poison();
-        }
-    }
-
-    /// The path of the disk's base in `status`; `None` without a file.
-    #[must_use]
-    pub fn base_path(&self) -> Option<PathBuf> {
-        self.described_base().path().map(Path::to_owned)
-    }
-
-    /// The address of the disk's base; `None` for a base on this host.
-    #[must_use]
-    pub fn base_address(&self) -> Option<RemoteAddress> {
-        self.described_base().remote().map(|remote| remote.address().clone())
-    }
-
-    /// What was fetched of the disk's base; `None` for a base that is not fetched.
-    #[must_use]
-    pub fn remote_status(&self) -> Option<RemoteStatus> {
-        self.described_base().remote().and_then(RemoteImage::status)
-    }
-
-    /// Returns the format of the disk's base; `None` for zeros.
-    #[must_use]
-    pub fn base_format(&self) -> Option<Format> {
-        self.described_base().format()
-    }
-
-    /// Describes the disk's base for `status`.
-    #[must_use]
-    pub fn base_description(&self) -> String {
-        match (&*self.described_base(), self.hydration.is_detached()) {
-            (BaseDescription::Blank(size), true) => format!("blank:{size}"),
-            _ => self.source.clone(),
         }
     }
 

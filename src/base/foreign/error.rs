@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::super::error::convert_command;
+use crate::base::advice::convert_command;
 use crate::config::Format;
 use crate::printable;
 use crate::remote::IMAGE_PATH;

@@ -10,7 +10,7 @@
 //! checked, and files below the directories that the user allows. Which of those it has opened is asked
 //! of the kernel (`files.rs`): they are what the image needs, as the backing files of a qcow2 image are.
 
-mod error;
+pub(super) mod error;
 mod files;
 mod program;
 
@@ -27,8 +27,8 @@ use self::files::OpenedFiles;
 use self::program::Allowed;
 use super::error::BaseError;
 use super::file::BaseFile;
-use super::formats::OpenedImage;
-use super::{BaseAccess, BaseImage, BaseOptions, open_located};
+use super::image::{BaseImage, OpenedImage};
+use super::{BaseAccess, BaseOptions, open_located};
 use crate::config::{DirectIo, Format, Locking, Passthrough};
 use crate::extents::Extent;
 use crate::layer::{CopyFn, Layer, Wait};
