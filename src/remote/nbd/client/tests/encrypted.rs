@@ -131,7 +131,7 @@ fn certificates_that_do_not_fit_are_refused_in_one_line() {
         let _server = certificates.serve(&image, &[]);
         let error = open_tls(&image.socket(), name, tls).err().unwrap();
         let line = error.to_string();
-        assert!(line.contains("TLS failed: ") && !line.contains('\n'), "{line}");
+        assert!(line.contains("TLS ") && !line.contains('\n'), "{line}");
         assert!(!error.cause.is_transient());
         line
     };
@@ -141,7 +141,10 @@ fn certificates_that_do_not_fit_are_refused_in_one_line() {
     let unknown = why(&sound, "disk.test", Certificates::sound().files());
     assert!(unknown.contains("UnknownIssuer") || unknown.contains("BadSignature"), "{unknown}");
     let of_system = why(&sound, "disk.test", TlsFiles::default());
-    assert!(of_system.contains("UnknownIssuer"), "{of_system}");
+    // A bare system has no list.
+    let is_told =
+        of_system.contains("UnknownIssuer") || of_system.contains("no list of authorities");
+    assert!(is_told, "{of_system}");
     let expired = Certificates::new("-days 0");
     // It ends with this second.
     thread::sleep(Duration::from_secs(2));
