@@ -59,7 +59,7 @@ fn lab() -> Lab {
 const STATUS: [(&str, &str); 6] = [
     (
         "b",
-        r#"{"name":"b","inode":?,"path":"DIR/m/b","size":4194304,"mode":"cow","state":"ok","error":null,"warning":null,"openers":0,"base":"DIR/base.img","overlay":{"temporary":true,"path":null,"block":4096,"changed":0,"zeroed":0,"allocated":?,"free":?,"recovered":null,"doing":null,"committing":false,"hydration":null,"done":0,"total":0,"limit":null,"chain":[{"name":null,"uuid":?,"changed":0,"zeroed":0,"since":{"changed":0,"zeroed":0}}],"kind":"blocks"},"stream":null,"partitions":[]}"#,
+        r#"{"name":"b","inode":?,"path":"DIR/m/b","size":4194304,"mode":"cow","state":"ok","error":null,"warning":null,"openers":0,"base":"DIR/base.img","format":"raw","overlay":{"temporary":true,"path":null,"block":4096,"changed":0,"zeroed":0,"allocated":?,"free":?,"recovered":null,"doing":null,"committing":false,"hydration":null,"done":0,"total":0,"limit":null,"chain":[{"name":null,"uuid":?,"changed":0,"zeroed":0,"since":{"changed":0,"zeroed":0}}],"kind":"blocks"},"stream":null,"partitions":[]}"#,
     ),
     (
         "e",
@@ -67,7 +67,7 @@ const STATUS: [(&str, &str); 6] = [
     ),
     (
         "g",
-        r#"{"name":"g","inode":?,"path":"DIR/m/g","size":4194304,"mode":"cow","state":"ok","error":null,"warning":null,"openers":0,"base":"DIR/host/base.img","overlay":{"temporary":false,"path":"DIR/host/ov","block":4096,"changed":?,"zeroed":0,"allocated":?,"free":?,"recovered":null,"kind":"reflink"},"stream":null,"partitions":[]}"#,
+        r#"{"name":"g","inode":?,"path":"DIR/m/g","size":4194304,"mode":"cow","state":"ok","error":null,"warning":null,"openers":0,"base":"DIR/host/base.img","format":"raw","overlay":{"temporary":false,"path":"DIR/host/ov","block":4096,"changed":?,"zeroed":0,"allocated":?,"free":?,"recovered":null,"kind":"reflink"},"stream":null,"partitions":[]}"#,
     ),
     (
         "i",
@@ -79,7 +79,7 @@ const STATUS: [(&str, &str); 6] = [
     ),
     (
         "p",
-        r#"{"name":"p","inode":?,"path":"DIR/m/p","size":8388608,"mode":"ro","state":"ok","error":null,"warning":null,"openers":0,"base":"DIR/parted.img","overlay":null,"stream":null,"partitions":[{"number":1,"name":"p.p1","offset":1048576,"size":4194304}]}"#,
+        r#"{"name":"p","inode":?,"path":"DIR/m/p","size":8388608,"mode":"ro","state":"ok","error":null,"warning":null,"openers":0,"base":"DIR/parted.img","format":"raw","overlay":null,"stream":null,"partitions":[{"number":1,"name":"p.p1","offset":1048576,"size":4194304}]}"#,
     ),
 ];
 
@@ -112,7 +112,7 @@ fn status_for_other_users_withholds_paths_and_commands() {
     for (name, known) in [
         (
             "b",
-            r#"{"name":"b","inode":?,"path":"DIR/m/b","size":4194304,"mode":"cow","state":"ok","error":null,"warning":null,"openers":0,"base":null,"overlay":{"temporary":false,"path":null,"block":4096,"changed":0,"zeroed":0,"allocated":?,"free":?,"recovered":null,"doing":null,"committing":false,"hydration":null,"done":0,"total":0,"limit":null,"chain":[{"name":null,"uuid":null,"changed":0,"zeroed":0,"since":{"changed":0,"zeroed":0}}],"kind":"blocks"},"stream":null,"partitions":[]}"#,
+            r#"{"name":"b","inode":?,"path":"DIR/m/b","size":4194304,"mode":"cow","state":"ok","error":null,"warning":null,"openers":0,"base":null,"format":"raw","overlay":{"temporary":false,"path":null,"block":4096,"changed":0,"zeroed":0,"allocated":?,"free":?,"recovered":null,"doing":null,"committing":false,"hydration":null,"done":0,"total":0,"limit":null,"chain":[{"name":null,"uuid":null,"changed":0,"zeroed":0,"since":{"changed":0,"zeroed":0}}],"kind":"blocks"},"stream":null,"partitions":[]}"#,
         ),
         (
             "o",
