@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::Duration;
@@ -20,7 +21,7 @@ use super::samples::{check_identity, identity_of};
 use super::served::ServedImage;
 use super::tls::TlsFiles;
 use super::transport::{Transport, WritableTransport};
-use super::writer_guard::{WriterGuard, check_not_written};
+use super::writer_guard::{WriterGuard, check_not_written, place_of};
 use crate::config::{Protocol, RemoteAddress, RemoteSpec};
 use crate::host::os_message;
 use crate::identity::{Identity, Mtime};
@@ -81,7 +82,8 @@ pub fn open(spec: &RemoteSpec) -> Result<RemoteImage, RemoteError> {
 /// opened.
 pub(super) fn count_users(address: &RemoteAddress) -> usize {
     let open = OPEN.lock().clone();
-    let images = open.iter().filter(|(spec, _)| spec.address.is_same_place(address));
+    let place = place_of(address);
+    let images = open.iter().filter(|(spec, _)| place_of(&spec.address) == place);
     let bases = images.filter_map(|(_, image)| image.lock().upgrade());
     bases.map(|base| base.users.load(Ordering::SeqCst)).sum()
 }
@@ -131,6 +133,9 @@ pub fn open_writable(spec: &RemoteSpec) -> Result<Arc<RemoteDisk>, RemoteError> 
         return Err(RemoteError::Refused { address: spec.address.clone(), why: why.to_owned() });
     }
     let client = Arc::new(connect_nbd(spec, Access::ReadWrite)?);
+    if let Some(dir) = &spec.read_cache {
+        discard_kept(spec, dir, &*client)?;
+    }
     let disk = RemoteDisk::new(spec.clone(), client.clone(), Some(guard))
         .map_err(|error| unreadable(&spec.address, &error))?;
     client.set_identity_check(disk.identity_check());
@@ -150,6 +155,27 @@ fn open_cached(spec: &RemoteSpec) -> Result<RemoteBase, RemoteError> {
     Ok(base.with_writable(writable))
 }
 
+/// Discards what is kept in `dir` of the image behind `transport`, which is about to be changed.
+fn discard_kept(
+    spec: &RemoteSpec,
+    dir: &Path,
+    transport: &dyn Transport,
+) -> Result<(), RemoteError> {
+    let address = &spec.address;
+    let identity = identity_of(transport).map_err(|error| unreadable(address, &error))?;
+    let no_place = |why: String| RemoteError::Cache { address: address.clone(), why };
+    let (known_by, size) = (known_by(address, &identity), transport.size());
+    let cache = CACHES.open(Some(dir), known_by.as_bytes(), size, spec.read_cache_size);
+    let discarded = cache.map_err(|error| no_place(error.to_string()))?.discard();
+    discarded.map_err(|error| no_place(os_message(&error)))
+}
+
+/// Returns what the cache of an image is known by: the address as well, for the samples of two images may
+/// be the same.
+fn known_by(address: &RemoteAddress, identity: &Identity) -> String {
+    format!("{address}\n{}", identity.hash)
+}
+
 /// Makes the base of the image behind `transport`, which was opened with `spec`.
 pub(super) fn base_over(
     spec: &RemoteSpec,
@@ -159,8 +185,7 @@ pub(super) fn base_over(
     let address = &spec.address;
     let no_place =
         |error: CacheError| RemoteError::Cache { address: address.clone(), why: error.to_string() };
-    // The address as well: the samples of two images may be the same.
-    let known_by = format!("{address}\n{}", identity.hash);
+    let known_by = known_by(address, &identity);
     let dir = spec.read_cache.as_deref();
     let cache = CACHES.open(dir, known_by.as_bytes(), transport.size(), spec.read_cache_size);
     Ok(RemoteBase::new(spec, identity, transport, cache.map_err(no_place)?))

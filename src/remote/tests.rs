@@ -263,15 +263,18 @@ proptest! {
 }
 
 #[test]
-fn a_failed_flush_latches() {
+fn a_failed_flush_latches_where_changes_may_be_lost() {
     let server = Arc::new(MemoryServer::new(pattern(8192)));
     let disk = RemoteDisk::new(RemoteSpec::new(address()), server.clone(), None).unwrap();
     disk.write_at(&[1; 512], 0, &UnreachableBelow, Wait::Yes).unwrap();
     disk.sync().unwrap();
     server.failing.lock().push((0..0, libc::EIO));
+    // Nothing was changed since the last one.
+    assert!(disk.sync().is_err() && !disk.is_latched());
+    disk.write_at(&[2; 512], 0, &UnreachableBelow, Wait::Yes).unwrap();
     assert!(disk.sync().is_err());
     server.failing.lock().clear();
     assert!(disk.is_latched() && disk.sync().is_err());
     assert!(disk.write_at(&[1; 512], 0, &UnreachableBelow, Wait::Yes).is_err());
-    assert_eq!(*server.flushes.lock(), 2);
+    assert_eq!(*server.flushes.lock(), 3);
 }

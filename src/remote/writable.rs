@@ -31,6 +31,8 @@ pub struct RemoteDisk {
     extents: Mutex<(ExtentCache, ExtentWalk)>,
     /// Number of changes that have ended. Extents that were asked for before one are not remembered.
     changes: AtomicU64,
+    /// Number of changes that had ended before a sync that succeeded.
+    durable: AtomicU64,
     /// Held exclusive while blocks of the server's that are written only in part are read, changed
     /// and written; shared by all other changes.
     whole_blocks: RwLock<()>,
@@ -57,6 +59,7 @@ impl RemoteDisk {
             transport,
             extents: Mutex::default(),
             changes: AtomicU64::new(0),
+            durable: AtomicU64::new(0),
             whole_blocks: RwLock::new(()),
             is_latched: AtomicBool::new(false),
             _guard: guard,
@@ -319,10 +322,15 @@ impl WritableLayer for RemoteDisk {
         if self.is_latched.load(Ordering::Acquire) {
             return Err(os_error(libc::EIO));
         }
-        let number = self.samples.begin_flush();
+        let (number, changes) = (self.samples.begin_flush(), self.changes.load(Ordering::SeqCst));
         let flushed = answer_of(|done| self.transport.flush(done)).wait();
         match &flushed {
-            Ok(()) => self.samples.end_flush(number),
+            Ok(()) => {
+                self.samples.end_flush(number);
+                self.durable.fetch_max(changes, Ordering::SeqCst);
+            }
+            // Without changes that were not flushed, an outage has cost nothing.
+            Err(_) if changes == self.durable.load(Ordering::SeqCst) => {}
             Err(_) => self.is_latched.store(true, Ordering::Release),
         }
         flushed.map_err(|error| as_told(&error))

@@ -4,17 +4,25 @@
 use parking_lot::Mutex;
 
 use super::error::RemoteError;
+use super::nbd::NbdTarget;
 use crate::config::RemoteAddress;
 
-/// The images that are written to.
-static WRITTEN: Mutex<Vec<RemoteAddress>> = Mutex::new(Vec::new());
+/// The images that are written to, by their places.
+static WRITTEN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Returns the place of an image, the same for all spellings of its address. Two names of one host are two
+/// places.
+pub(super) fn place_of(address: &RemoteAddress) -> String {
+    let target = NbdTarget::parse(std::ffi::OsStr::new(address.as_str()));
+    target.map_or_else(|_| address.to_string(), |target| target.place())
+}
 
 /// Refuses an image that another disk of this process writes to.
 ///
 /// # Errors
 /// [`RemoteError::Refused`].
 pub(super) fn check_not_written(address: &RemoteAddress) -> Result<(), RemoteError> {
-    match WRITTEN.lock().iter().any(|other| other.is_same_place(address)) {
+    match WRITTEN.lock().contains(&place_of(address)) {
         true => Err(is_written(address)),
         false => Ok(()),
     }
@@ -26,7 +34,7 @@ fn is_written(address: &RemoteAddress) -> RemoteError {
 }
 
 /// Keeps other disks from an image that is written to.
-pub(super) struct WriterGuard(RemoteAddress);
+pub(super) struct WriterGuard(String);
 
 impl WriterGuard {
     /// Keeps other disks from the image at `address`.
@@ -34,19 +42,20 @@ impl WriterGuard {
     /// # Errors
     /// [`RemoteError::Refused`] when another disk writes to it.
     pub(super) fn new(address: &RemoteAddress) -> Result<Self, RemoteError> {
+        let place = place_of(address);
         let mut written = WRITTEN.lock();
-        if written.iter().any(|other| other.is_same_place(address)) {
+        if written.contains(&place) {
             return Err(is_written(address));
         }
-        written.push(address.clone());
-        Ok(Self(address.clone()))
+        written.push(place.clone());
+        Ok(Self(place))
     }
 }
 
 impl Drop for WriterGuard {
     fn drop(&mut self) {
         let mut written = WRITTEN.lock();
-        if let Some(at) = written.iter().position(|address| *address == self.0) {
+        if let Some(at) = written.iter().position(|place| *place == self.0) {
             written.swap_remove(at);
         }
     }

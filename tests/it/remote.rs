@@ -604,6 +604,10 @@ fn an_export_is_written_to_by_one_disk_alone() {
         let line = lab.refused(1, &format!("mount m a={source},mode=ro b={source},mode=rw"));
         assert!(line.contains("another disk of this mount has it as its base"), "{line}");
     }
+    lab.sh("ln -s nbd.sock other.sock");
+    let spelled = source.replace("nbd.sock", "other.sock");
+    let line = lab.refused(1, &format!("mount m a={source},mode=rw b={spelled},mode=rw"));
+    assert!(line.contains("another disk of this mount writes to it"), "{line}");
     lab.mount(&format!("a={source},mode=rw"));
     let line = lab.refused(1, &format!("add m b={source},mode=ro"));
     assert!(line.contains("writes to it"), "{line}");
@@ -656,5 +660,41 @@ fn a_server_that_pauses_loses_no_changes() {
     file.sync_all().unwrap();
     assert_eq!(read(&lab.open_ro("base.img"), 0, 8192), [[7; 4096], [8; 4096]].concat());
     drop(file);
+    lab.umount();
+}
+
+#[test]
+fn what_was_kept_of_an_export_is_not_shown_after_it_was_written_to() {
+    let lab = Lab::new();
+    put(&lab.path("base.img"), &noise(8 * MIB, 1));
+    let _server = Server::qemu(&lab, "base.img", "");
+    let kept = format!("vm={},read-cache=kept", address(&lab));
+    lab.mount(&format!("{kept},mode=ro"));
+    lab.sh("cat m/vm > /dev/null");
+    lab.umount();
+    lab.mount(&format!("{kept},mode=rw"));
+    // No sample has these bytes.
+    lab.open("m/vm").write_all_at(b"new", 3_000_000).unwrap();
+    lab.umount();
+    lab.mount(&format!("{kept},mode=ro"));
+    assert!(fs::read(lab.path("m/vm")).unwrap() == fs::read(lab.path("base.img")).unwrap());
+    lab.umount();
+}
+
+#[test]
+fn connections_that_are_opened_during_a_commit_see_the_same_image() {
+    let lab = Lab::new();
+    put(&lab.path("base.img"), &noise(32 * MIB, 1));
+    let socket = lab.path("nbd.sock").display().to_string();
+    let slow = "delay-open=300ms rdelay=1ms";
+    let words = format!("-f -U {socket} --filter=delay file base.img {slow}");
+    let _server = Server::start(&lab, "nbdkit", &words);
+    lab.mount(&format!("vm={},overlay=vm.cow", address(&lab)));
+    for round in 0..3 {
+        lab.open("m/vm").write_all_at(&noise(16 * MIB, 7 + round), 0).unwrap();
+        lab.ok("commit m/vm");
+        thread::sleep(Duration::from_millis(700));
+        lab.sh("cmp base.img m/vm");
+    }
     lab.umount();
 }

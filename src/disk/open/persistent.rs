@@ -78,10 +78,12 @@ pub(super) fn open_persistent(
     // commit has to be finished first.
     let is_changed =
         matches!(find_mismatch(&found.stack.base, description)?, Some(BaseMismatch::Changed(_)));
-    if !is_changed
-        || !description.is_recorded_file(&found.stack.base)?
-        || !found.is_committing().map_err(OpenError::overlay(dir))?
-    {
+    let is_committing = description.is_recorded_file(&found.stack.base)?
+        && found.is_committing().map_err(OpenError::overlay(dir))?;
+    if is_committing && let Some(remote) = description.remote() {
+        remote.expect_changes();
+    }
+    if !is_changed || !is_committing {
         check_base(dir, &found.stack.base, description, context)?;
     }
     if overlay.layers.is_none() {

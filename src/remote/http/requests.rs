@@ -148,7 +148,7 @@ impl Requests {
                 Ok(errno) => Err(errno.unwrap_or(libc::ECANCELED)),
                 Err(_) => Err(libc::ECANCELED),
             },
-            read = timeout_at(deadline, self.read_until_there(&range, &waited_for)) => {
+            read = timeout_at(deadline, self.read_until_there(&range, &waited_for, deadline)) => {
                 read.unwrap_or(Err(libc::ETIMEDOUT))
             }
         };
@@ -167,6 +167,7 @@ impl Requests {
         &self,
         range: &Range<u64>,
         waited_for: &Notify,
+        deadline: Instant,
     ) -> Result<Vec<u8>, i32> {
         let mut bytes = Vec::new();
         let mut failures = 0;
@@ -197,7 +198,9 @@ impl Requests {
             // A kept connection may have been closed as we sent: not a fault of the server's.
             let is_first = failures == 1 && error.is_lost();
             if !is_first {
-                sleep(pause(failures, random(), None)).await;
+                // However long the pauses are by now, there is a last try shortly before the end.
+                let left = deadline.saturating_duration_since(Instant::now());
+                sleep(pause(failures, random(), None).min(left / 2)).await;
             }
         }
     }

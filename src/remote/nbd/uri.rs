@@ -107,6 +107,20 @@ const SCHEMES: [(&str, Kind, Tls); 4] = [
 const EXEC_SCHEME: &[u8] = b"nbd+exec:";
 
 impl NbdTarget {
+    /// Returns where the export is, the same for all spellings of one address: of the host's name, the
+    /// port, the export, and the path of a socket.
+    pub(crate) fn place(&self) -> String {
+        let server = match &self.address {
+            Address::Tcp { host, port } => format!("{}:{port}", host.to_lowercase()),
+            Address::Unix(path) => {
+                let real = path.canonicalize().unwrap_or_else(|_| path.clone());
+                format!("unix:{}", real.display())
+            }
+            Address::Exec(words) => format!("exec:{words:?}"),
+        };
+        format!("{server}\n{}", self.export)
+    }
+
     /// Reads a source.
     pub(crate) fn parse(source: &OsStr) -> Result<Self, NbdUriError> {
         let bytes = source.as_bytes();

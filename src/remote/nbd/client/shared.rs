@@ -228,8 +228,19 @@ impl Shared {
     /// Opens a connection to the same image.
     fn open_same(&self) -> Result<Arc<Connection>, NbdError> {
         let time = self.options.io_timeout.min(LONGEST_OPEN);
-        let check = self.check.lock().clone();
-        let opened = self.server.open_same(&self.export, check.as_ref(), time)?;
+        let opened = loop {
+            let check = self.check.lock().clone();
+            let opened = self.server.open_same(&self.export, check.as_ref(), time);
+            // Who begins to write to the image sets another check first: what the old one expects may be
+            // gone by now.
+            let is_current = match (&check, &*self.check.lock()) {
+                (Some(used), Some(now)) => Arc::ptr_eq(used, now),
+                (used, now) => used.is_none() && now.is_none(),
+            };
+            if is_current || !matches!(opened, Err(NbdError::Changed(_))) {
+                break opened?;
+            }
+        };
         let failed = |error: io::Error| NbdError::Broken(crate::host::os_message(&error));
         Connection::new(opened.link).map(Arc::new).map_err(failed)
     }
