@@ -108,10 +108,13 @@ fn clear_dead_mount(mount: &MountHandle) -> anyhow::Result<bool> {
         return Ok(false);
     }
     let shown = mount.mountpoint().display();
-    mount.unmount(UnmountMode::Lazy).map_err(|error| {
-        let remedy = format!("run umount -l '{shown}' as root");
-        anyhow::anyhow!("cannot clear the dead mount at '{shown}': {error}: {remedy}")
-    })?;
+    match mount.unmount(UnmountMode::Lazy) {
+        Err(error) if mount.is_mounted() => anyhow::bail!(
+            "cannot clear the dead mount at '{shown}': {error}: run umount -l '{shown}' as root"
+        ),
+        // An error now means that another process was faster.
+        Ok(()) | Err(_) => {}
+    }
     print_line(&format!("{shown}: the daemon was gone, the dead mount is cleared away"));
     Ok(true)
 }
@@ -121,7 +124,8 @@ fn wait_for_openers(mount: &MountHandle, timeout: Duration) -> anyhow::Result<()
     let deadline = Instant::now() + timeout;
     loop {
         let users = openers::find_openers(mount.entry());
-        if users.is_empty() {
+        // Those who use a later mount at this place do not matter.
+        if users.is_empty() || !mount.is_mounted() {
             return Ok(());
         }
         if Instant::now() >= deadline {
@@ -172,7 +176,8 @@ pub(super) struct EndedMount {
     pid: Option<u32>,
 }
 
-/// Makes everything durable and unmounts. Unmounting a busy mount is tried again for `timeout`.
+/// Makes everything durable and unmounts. Unmounting a busy mount is tried again for `timeout`. When
+/// another process was faster, nothing is asked of the mount that may be there by then.
 ///
 /// # Errors
 /// A line for the user; the mount is still there then.
@@ -182,17 +187,28 @@ pub(super) fn end_mount(
     timeout: Duration,
     request: DrainRequest,
 ) -> anyhow::Result<EndedMount> {
-    let (pid, drained) = match drain(mount, request) {
+    let mut pid = None;
+    let drained = match drain(mount, request, &mut pid) {
         Ok(drained) => drained,
         // Without an answer there is nothing to wait for: unmounting is all that can be done.
-        Err(AskError::Denied(_) | AskError::Foreign { .. }) => Default::default(),
+        Err(AskError::Denied(_) | AskError::Foreign { .. }) => Lines::default(),
+        // Another process was faster, and reports what the daemon told it. Only who has to know that
+        // all streams were finished cannot do without the answer.
+        Err(AskError::Host { .. } | AskError::Dead(_))
+            if request.streams != UnmountPolicy::Finish && !mount.is_mounted() =>
+        {
+            Lines::default()
+        }
         Err(error) if mode == EndMode::Lazy => {
             log::debug!("unmounting all the same: {error}");
-            Default::default()
+            Lines::default()
         }
         Err(error) => return Err(error.into()),
     };
-    unmount(mount, mode, timeout)?;
+    if unmount(mount, mode, timeout)? == UnmountedBy::Another && mount.ids().unique.is_none() {
+        // The answer may have been that of a later mount, which the kernel gave the same id.
+        pid = None;
+    }
     Ok(EndedMount {
         mountpoint: mount.mountpoint().to_owned(),
         dev: mount.entry().dev,
@@ -202,10 +218,15 @@ pub(super) fn end_mount(
     })
 }
 
-/// Makes everything durable. Returns the daemon's process ID and its report.
-fn drain(mount: &MountHandle, request: DrainRequest) -> Result<(Option<u32>, Lines), AskError> {
+/// Makes everything durable. Returns the daemon's report, and sets `pid` to its process ID, once that
+/// is known, also when the rest fails.
+fn drain(
+    mount: &MountHandle,
+    request: DrainRequest,
+    pid: &mut Option<u32>,
+) -> Result<Lines, AskError> {
     let mount = Endpoint::of_handle(mount);
-    let pid = daemon_pid(&mount, request.timeout)?;
+    *pid = daemon_pid(&mount, request.timeout)?;
     let timeout_ms = request.timeout.map(timeout::to_millis);
     let request = MountRequest::Drain { streams: request.streams, timeout_ms };
     let mut display = ProgressDisplay::new(Verbosity::default());
@@ -213,8 +234,8 @@ fn drain(mount: &MountHandle, request: DrainRequest) -> Result<(Option<u32>, Lin
     display.end();
     match answer {
         // Nothing has changed in such a mount.
-        Err(AskError::ReadOnly(_)) => Ok((pid, Lines::default())),
-        answer => Ok((pid, answer?)),
+        Err(AskError::ReadOnly(_)) => Ok(Lines::default()),
+        answer => answer,
     }
 }
 
@@ -227,7 +248,15 @@ fn daemon_pid(mount: &Endpoint, timeout: Option<Duration>) -> Result<Option<u32>
     Ok(status.mounts.first().and_then(|mount| mount.pid))
 }
 
-fn unmount(mount: &MountHandle, mode: EndMode, timeout: Duration) -> anyhow::Result<()> {
+/// Who has unmounted a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum UnmountedBy {
+    Us,
+    /// Another process, which was faster.
+    Another,
+}
+
+fn unmount(mount: &MountHandle, mode: EndMode, timeout: Duration) -> anyhow::Result<UnmountedBy> {
     let unmount_mode = match mode {
         EndMode::WhenUnused => UnmountMode::Plain,
         EndMode::Lazy => UnmountMode::Lazy,
@@ -237,7 +266,7 @@ fn unmount(mount: &MountHandle, mode: EndMode, timeout: Duration) -> anyhow::Res
     let shown = mountpoint.display();
     loop {
         let Err(error) = mount.unmount(unmount_mode) else {
-            return Ok(());
+            return Ok(UnmountedBy::Us);
         };
         match error.raw_os_error() {
             Some(libc::EBUSY) if Instant::now() < deadline => thread::sleep(OPENERS_POLL_INTERVAL),
@@ -247,8 +276,7 @@ fn unmount(mount: &MountHandle, mode: EndMode, timeout: Duration) -> anyhow::Res
             Some(libc::EPERM) => anyhow::bail!(
                 "cannot unmount '{shown}': it is another user's: do it as that user or as root"
             ),
-            // Another process was faster.
-            Some(libc::EINVAL) if !mount.is_mounted() => return Ok(()),
+            Some(libc::EINVAL) if !mount.is_mounted() => return Ok(UnmountedBy::Another),
             _ => return Err(unmount_error(mountpoint, &error)),
         }
     }

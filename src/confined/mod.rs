@@ -27,7 +27,7 @@ use std::path::{Component, Path};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-pub(crate) use self::path_handle::open_path;
+pub(crate) use self::path_handle::{MountIds, open_path};
 pub use self::path_handle::{PathHandle, mount_id, real_path};
 
 /// The access for which a file is opened.

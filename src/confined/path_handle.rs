@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::{FileAccess, open_nonblocking, wrong_type_error};
@@ -136,6 +136,44 @@ pub fn mount_id(fd: impl AsFd) -> io::Result<u64> {
     let info = std::fs::read_to_string(path)?;
     let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
     Ok(id.ok_or(Errno::NOSYS)?)
+}
+
+/// `STATX_MNT_ID_UNIQUE` (linux/stat.h, since 6.8): an id that no later mount gets.
+const MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+
+/// What tells one mount from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MountIds {
+    /// The id of mountinfo. The kernel gives it to a later mount once this one is gone.
+    pub(crate) id: u64,
+    /// The id that no later mount gets, if the kernel has one and lets this user ask.
+    pub(crate) unique: Option<u64>,
+}
+
+impl MountIds {
+    /// Returns the ids of the mount that `fd` was opened on, without asking the file system.
+    ///
+    /// # Errors
+    /// The errors of [`mount_id`].
+    pub(crate) fn of(fd: impl AsFd) -> io::Result<Self> {
+        let id = mount_id(&fd)?;
+        // EACCES: a mount of another user, which answers nobody else. Its parent and its id identify
+        // it then, as on a kernel without unique ids.
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let unique = rustix::fs::statx(&fd, "", flags, MNT_ID_UNIQUE).ok();
+        let has_id = |stat: &rustix::fs::Statx| stat.stx_mask & MNT_ID_UNIQUE.bits() != 0;
+        Ok(Self { id, unique: unique.filter(has_id).map(|stat| stat.stx_mnt_id) })
+    }
+
+    /// Returns whether `fd` was opened on this mount. Where the unique id is not known, a later mount
+    /// with the same id counts as this one.
+    ///
+    /// # Errors
+    /// The errors of [`mount_id`].
+    pub(crate) fn are_of(self, fd: impl AsFd) -> io::Result<bool> {
+        let found = Self::of(fd)?;
+        Ok(found.id == self.id && (self.unique.is_none() || found.unique == self.unique))
+    }
 }
 
 /// Opens the file of `fd` once more, with `O_PATH`: a descriptor that gives no access to it.

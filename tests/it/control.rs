@@ -224,6 +224,43 @@ fn umount_waits_for_the_daemon() {
     lab.mount("e=blank:1G,overlay=ov");
 }
 
+/// Returns the ID that mountinfo has for the mount at `m`.
+fn mount_id(lab: &Lab) -> u64 {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let at = lab.path("m").display().to_string();
+    let mut fields = table.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    fields.find(|fields| fields[4] == at).unwrap()[0].parse().unwrap()
+}
+
+#[test]
+fn umount_that_another_overtakes_leaves_a_later_mount_alone() {
+    let lab = lab();
+    let earlier = mount_id(&lab);
+    let file = lab.open("m/d");
+    let mut umount = lab.command(COWSLIP);
+    umount.args(["umount", "--timeout", "10", "m"]);
+    umount.stderr(fs::File::create(lab.path("err.txt")).unwrap());
+    let mut umount = Running(umount.spawn().unwrap());
+    // It has found the mount, and waits for its user.
+    wait_held_up(umount.0.id(), libc::SYS_clock_nanosleep, 1);
+    stop(umount.0.id());
+    drop(file);
+    // The kernel usually gives the next mount the ID of the one that is gone.
+    for _ in 0..10 {
+        lab.umount();
+        lab.mount("d=base.img e=blank:1G,overlay=ov");
+        if mount_id(&lab) == earlier {
+            break;
+        }
+    }
+    let pid = lab.pid();
+    signal(umount.0.id(), rustix::process::Signal::CONT).unwrap();
+    let status = umount.0.wait().unwrap();
+    let said = fs::read_to_string(lab.path("err.txt")).unwrap();
+    assert!(status.success() && said.is_empty(), "{status}: {said}");
+    assert_eq!(lab.pid(), pid);
+}
+
 #[test]
 fn umount_rejects_open_disks_and_names_their_users() {
     let lab = lab();

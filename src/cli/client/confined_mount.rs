@@ -16,7 +16,7 @@ use rustix::io::Errno;
 
 use super::answer;
 use super::error::AskAbort;
-use crate::confined::mount_id;
+use crate::confined::MountIds;
 use crate::control::api::DiskStatus;
 use crate::host::mountinfo::{self, MountEntry};
 
@@ -30,9 +30,9 @@ const OPEN_DIR_FLAGS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlag
 #[derive(Clone, Debug)]
 pub(super) struct ConfinedMount {
     way: WayIn,
-    /// Mount ID of all files of the mount. The kernel tells it without asking the file system, which
-    /// may be another user's by now.
-    id: u64,
+    /// The ids of the mount that all its files are on. The kernel tells them without asking the file
+    /// system, which may be another user's by now.
+    ids: MountIds,
 }
 
 /// The path to the root of a mount.
@@ -48,23 +48,24 @@ impl ConfinedMount {
     /// Returns the mount at `mountpoint`, if it can be trusted. Makes no call into the mount.
     pub(super) fn at(mountpoint: &Path) -> io::Result<Self> {
         let Some(entry) = mountinfo::mount_at(mountpoint).filter(MountEntry::is_cowslip) else {
-            return Err(io::Error::other(
-                "it is no cowslip mount any more, or another mount hides it",
-            ));
+            return Err(not_there());
         };
-        Self::new(&entry, WayIn::Path(entry.mountpoint.clone()))
+        // The table tells no unique id.
+        let ids = MountIds { id: entry.id, unique: None };
+        Self::new(&entry, ids, WayIn::Path(entry.mountpoint.clone()))
     }
 
     /// Returns the mount of `entry`, reached by `path` while its handle is held, if it can be trusted.
-    pub(super) fn of_handle(entry: &MountEntry, path: PathBuf) -> io::Result<Self> {
-        Self::new(entry, WayIn::Handle(path))
+    /// No later mount at the same place is taken for it.
+    pub(super) fn of_handle(entry: &MountEntry, ids: MountIds, path: PathBuf) -> io::Result<Self> {
+        Self::new(entry, ids, WayIn::Handle(path))
     }
 
-    fn new(entry: &MountEntry, way: WayIn) -> io::Result<Self> {
+    fn new(entry: &MountEntry, ids: MountIds, way: WayIn) -> io::Result<Self> {
         if !entry.is_trusted() {
             return Err(io::Error::other(AskAbort::Foreign(entry.owner.unwrap_or(u32::MAX))));
         }
-        Ok(Self { way, id: entry.id })
+        Ok(Self { way, ids })
     }
 
     /// Opens the file or directory reached from `from` by `names`. Refuses links, special names and
@@ -99,8 +100,10 @@ impl ConfinedMount {
             WayIn::Path(path) => mountinfo::open_resolved(path)?,
             WayIn::Handle(path) => rustix::fs::open(path, OPEN_DIR_FLAGS, Mode::empty())?.into(),
         };
-        self.check_mount(&root)?;
-        Ok(root)
+        match self.ids.are_of(&root)? {
+            true => Ok(root),
+            false => Err(not_there()),
+        }
     }
 
     /// Opens a directory of control files, which stays that of one disk from then on. Fails with
@@ -146,11 +149,15 @@ impl ConfinedMount {
     }
 
     fn check_mount(&self, file: &File) -> io::Result<()> {
-        match mount_id(file)? == self.id {
+        match self.ids.are_of(file)? {
             true => Ok(()),
             false => Err(not_confined("what lies outside of it")),
         }
     }
+}
+
+fn not_there() -> io::Error {
+    io::Error::other("it is no cowslip mount any more, or another mount hides it")
 }
 
 fn not_confined(what: &str) -> io::Error {
@@ -166,8 +173,8 @@ pub(super) mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join(".cowslip/d/snapshots")).unwrap();
         let path = dir.path().canonicalize().unwrap();
-        let id = mount_id(File::open(&path).unwrap()).unwrap();
-        let confined = ConfinedMount { way: WayIn::Path(path), id };
+        let ids = MountIds::of(File::open(&path).unwrap()).unwrap();
+        let confined = ConfinedMount { way: WayIn::Path(path), ids };
         (dir, confined)
     }
 
@@ -199,7 +206,24 @@ pub(super) mod tests {
         for names in [[".cowslip", "e", "null"], [".cowslip", "f", "status"]] {
             assert!(refused(&names).raw_os_error() == Some(libc::ENOTDIR), "{names:?}");
         }
-        let elsewhere = ConfinedMount { id: confined.id + 1, ..confined.clone() };
-        assert!(open(&elsewhere, &[".cowslip", "d", "status"]).is_err());
+        let status = [".cowslip", "d", "status"];
+        let ids = MountIds { id: confined.ids.id + 1, ..confined.ids };
+        let line = open(&ConfinedMount { ids, ..confined }, &status).unwrap_err().to_string();
+        assert!(line.contains("no cowslip mount any more"), "{line}");
+    }
+
+    #[test]
+    fn later_mount_with_the_same_id_is_not_entered() {
+        let (dir, confined) = mount();
+        std::fs::write(dir.path().join(".cowslip/d/status"), b"{}").unwrap();
+        let open_as = |unique| {
+            let ids = MountIds { unique, ..confined.ids };
+            open(&ConfinedMount { ids, ..confined.clone() }, &[".cowslip", "d", "status"])
+        };
+        let earlier = confined.ids.unique.map_or(1, |unique| unique - 1);
+        let line = open_as(Some(earlier)).unwrap_err().to_string();
+        assert!(line.contains("no cowslip mount any more"), "{line}");
+        // As on a kernel without unique ids.
+        assert!(open_as(None).is_ok());
     }
 }

@@ -39,6 +39,7 @@ use self::confined_mount::ConfinedMount;
 use self::error::AskAbort;
 pub(super) use self::error::AskError;
 use self::reader::{MountReader, with_timeout};
+use crate::confined::MountIds;
 use crate::control::api::{DiskStatus, Progress, encode_request};
 use crate::disk::split_name;
 use crate::host::mountinfo::{self, MountEntry};
@@ -66,8 +67,8 @@ pub(super) struct Endpoint {
     pub(super) mountpoint: PathBuf,
     /// Name of the disk; `None` for the mount as a whole.
     pub(super) disk: Option<String>,
-    /// The mount entry and a path to the mount, if the mount is held open.
-    handle: Option<(MountEntry, PathBuf)>,
+    /// The mount entry, the ids of the mount and a path to it, if the mount is held open.
+    handle: Option<(MountEntry, MountIds, PathBuf)>,
     /// The path as the caller gave it.
     path: PathBuf,
     /// The inode number of the disk's file, once known.
@@ -82,7 +83,7 @@ impl Endpoint {
 
     /// Creates the endpoint of a mount, valid while `handle` is held.
     pub(super) fn of_handle(handle: &MountHandle) -> Self {
-        let access = Some((handle.entry().clone(), handle.access_path()));
+        let access = Some((handle.entry().clone(), handle.ids(), handle.access_path()));
         Self { handle: access, ..Self::mount(handle.mountpoint()) }
     }
 
@@ -141,7 +142,7 @@ impl Endpoint {
     /// Returns the way into the mount, if the mount can be trusted.
     fn confined(&self) -> io::Result<ConfinedMount> {
         match &self.handle {
-            Some((entry, path)) => ConfinedMount::of_handle(entry, path.clone()),
+            Some((entry, ids, path)) => ConfinedMount::of_handle(entry, *ids, path.clone()),
             None => ConfinedMount::at(&self.mountpoint),
         }
     }

@@ -13,20 +13,17 @@
 //! A directory that something is mounted on cannot be renamed, so that name in `parent` is the
 //! mount, or the mount is gone. The mount itself must not be kept open: it would be busy.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::unmount::{UnmountMode, unmount_in};
-use crate::confined::mount_id;
+use crate::confined::MountIds;
 use crate::host::mountinfo::{MountEntry, mount_at, open_resolved};
-
-/// `STATX_MNT_ID_UNIQUE` (linux/stat.h, since 6.8): an id that no later mount gets.
-const MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
 /// A mount that was found, and can be found again. See the module.
 #[derive(Debug)]
@@ -34,8 +31,7 @@ pub(crate) struct MountHandle {
     entry: MountEntry,
     parent: OwnedFd,
     name: OsString,
-    /// The id that no later mount gets, if the kernel has one and lets this user ask.
-    unique_id: Option<u64>,
+    ids: MountIds,
 }
 
 impl MountHandle {
@@ -58,13 +54,11 @@ impl MountHandle {
         };
         let parent = OwnedFd::from(open_resolved(parent)?);
         let name = name.to_owned();
-        let mut held = Self { entry, parent, name, unique_id: None };
-        let (id, unique) = held.mount_ids()?;
-        if id != held.entry.id {
+        let ids = find_ids(&parent, &name)?;
+        if ids.id != entry.id {
             return Err(Errno::STALE.into());
         }
-        held.unique_id = unique;
-        Ok(held)
+        Ok(Self { entry, parent, name, ids })
     }
 
     /// The entry of mountinfo from when the mount was found.
@@ -90,24 +84,16 @@ impl MountHandle {
         format!("/proc/self/fd/{}", self.parent.as_raw_fd()).into()
     }
 
-    /// Returns the ids of the mount that has the name now: that of mountinfo and the unique one. Sends
-    /// no request to the mount.
-    fn mount_ids(&self) -> io::Result<(u64, Option<u64>)> {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let found = rustix::fs::openat(&self.parent, &self.name, flags, Mode::empty())?;
-        let id = mount_id(&found)?;
-        // EACCES: a mount of another user, which answers nobody else. Its parent and its id identify
-        // it then, as on a kernel without unique ids.
-        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-        let unique = rustix::fs::statx(found.as_fd(), "", flags, MNT_ID_UNIQUE).ok();
-        let has_id = |stat: &rustix::fs::Statx| stat.stx_mask & MNT_ID_UNIQUE.bits() != 0;
-        Ok((id, unique.filter(has_id).map(|stat| stat.stx_mnt_id)))
+    /// The ids of the mount from when it was found.
+    #[must_use]
+    pub(crate) fn ids(&self) -> MountIds {
+        self.ids
     }
 
-    /// Whether the mount is still where it was.
+    /// Whether the mount is still where it was. Sends no request to the mount.
     #[must_use]
     pub(crate) fn is_mounted(&self) -> bool {
-        self.mount_ids().is_ok_and(|(id, unique)| id == self.entry.id && unique == self.unique_id)
+        find_ids(&self.parent, &self.name).is_ok_and(|ids| ids == self.ids)
     }
 
     /// Unmounts this mount and no other.
@@ -121,4 +107,10 @@ impl MountHandle {
         }
         unmount_in(&self.directory(), &self.name, mode)
     }
+}
+
+/// Returns the ids of the mount that is called `name` in `parent` now. Sends no request to the mount.
+fn find_ids(parent: &OwnedFd, name: &OsStr) -> io::Result<MountIds> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    MountIds::of(rustix::fs::openat(parent, name, flags, Mode::empty())?)
 }
