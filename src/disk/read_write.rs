@@ -9,7 +9,7 @@ use super::Disk;
 use crate::config::{DirectIo, Resize};
 use crate::extents::{Extent, ExtentKind, Extents, describe};
 use crate::host::os_error;
-use crate::layer::{Wait, WritableLayer};
+use crate::layer::{ReadBelow as _, Wait, WritableLayer};
 use crate::overlay::MAX_DISK_SIZE;
 
 /// The most extents a seek visits on a FUSE worker before it continues in the pool.
@@ -114,12 +114,29 @@ impl Disk {
 
     /// Writes past the end: changes first the size, then the bytes.
     fn write_past_end(&self, buf: &[u8], offset: u64, end: u64, wait: Wait) -> io::Result<()> {
+        self.await_base_for_growth(offset, wait)?;
         let _gate = self.gate.exclusive(wait)?;
         let layers = self.layers();
         let top = layers.writable()?;
         self.grow_for(top, end, || top.write_at(buf, offset, &layers.below(), wait))?;
         self.touch_times(&layers.top);
         Ok(())
+    }
+
+    /// Reads what a change of the bytes from `start` on, which grows the disk, will read from the layers
+    /// below: a base that hangs is waited for here, where no lock is held, and not under the gate,
+    /// where all changes of the disk would wait with it.
+    fn await_base_for_growth(&self, start: u64, wait: Wait) -> io::Result<()> {
+        let layers = self.layers();
+        layers.writable()?;
+        self.check_growth(libc::ENOSPC)?;
+        let Some(overlay) = layers.top.overlay() else { return Ok(()) };
+        let need = overlay.needed_below(start);
+        if need.is_empty() {
+            return Ok(());
+        }
+        let len = usize::try_from(need.end - need.start).map_err(|_| os_error(libc::EFBIG))?;
+        layers.below().read_below(&mut vec![0; len], need.start, wait)
     }
 
     /// Grows the disk to `end`, if it is smaller, for `change`; after a failure the disk is as large
@@ -191,6 +208,9 @@ impl Disk {
         }
         self.check_direct_wait(wait)?;
         let grows = size_mode == SizeMode::Grow && range.end > self.size();
+        if grows && change != FallocateMode::Allocate {
+            self.await_base_for_growth(range.start, wait)?;
+        }
         let _exclusive = grows.then(|| self.gate.exclusive(wait)).transpose()?;
         let _shared = (!grows).then(|| self.gate.shared(wait)).transpose()?;
         let layers = self.layers();

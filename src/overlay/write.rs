@@ -98,6 +98,20 @@ impl Overlay {
         ))
     }
 
+    /// Returns the bytes of the layers below that a change needs which starts at `start` and goes to
+    /// the disk's end or past it: those of the block that it covers only in part. Empty if none.
+    #[must_use]
+    pub(crate) fn needed_below(&self, start: u64) -> Range<u64> {
+        let block = start / self.block_size * self.block_size;
+        if block < start {
+            let found = self.look_up(&(block..block.saturating_add(self.block_size)));
+            if found.kind == ExtentKind::Lower {
+                return found.range;
+            }
+        }
+        start..start
+    }
+
     /// Sets `blocks` to `state`: first in the log, then in the map. Returns the record's sequence.
     /// The caller has locked their ranges and, for Data, written them.
     pub(super) fn publish(&self, blocks: &Range<BlockIndex>, state: BlockState) -> io::Result<u64> {

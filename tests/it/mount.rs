@@ -871,8 +871,13 @@ fn cached_readers_never_see_an_older_write_after_a_newer_one() {
 /// Mounts a disk `slow`, whose base lies in another mount, and a disk `fast`. Reads of a base time
 /// out after `io_timeout` seconds. Returns the lab and the process id of the other mount's daemon.
 fn lab_with_a_slow_base(io_timeout: u32) -> (Lab, u32) {
+    lab_with_a_slow_base_of(48 * MIB, io_timeout)
+}
+
+/// Does the same with a base of `size` bytes.
+fn lab_with_a_slow_base_of(size: u64, io_timeout: u32) -> (Lab, u32) {
     let mut lab = Lab::new();
-    lab.base("base.img", 48 * MIB);
+    lab.base("base.img", size);
     lab.sh("mkdir inner");
     lab.ok("mount inner far=base.img,mode=ro --cache none --log inner.log");
     lab.mount(&format!("slow=inner/far fast=base.img -o io_timeout={io_timeout}"));
@@ -1236,6 +1241,35 @@ fn write_on_a_hung_base_delays_no_sync_and_changes_nothing_after_eio() {
     expected[0] = 3;
     assert_eq!(read(&slow, MIB, 4096), expected);
     drop((slow, other));
+    lab.umount();
+    lab.ok("umount inner");
+}
+
+#[test]
+fn growth_that_needs_a_hung_base_holds_up_no_other_change() {
+    let size = MIB + 100;
+    let (lab, inner) = lab_with_a_slow_base_of(size, 2);
+    let slow = lab.open("m/slow");
+    slow.write_all_at(&[7; 4096], 0).unwrap();
+    stop(inner);
+    assert_eq!(errno_of(slow.write_all_at(&[1; 10], size)), libc::EIO);
+    slow.write_all_at(&[2; 4096], 0).unwrap();
+    assert_eq!(errno_of(fallocate(&slow, ZERO, MIB + 50..MIB + 5000)), libc::EIO);
+    slow.write_all_at(&[3; 4096], 0).unwrap();
+    assert_eq!(slow.metadata().unwrap().len(), size);
+    // Growth that needs no base goes on, too.
+    slow.write_all_at(&[4; 4096], 2 * MIB).unwrap();
+    signal(inner, Signal::CONT).unwrap();
+    wait_until("the base answers again", || slow.read_exact_at(&mut [0; 4096], 4096).is_ok());
+    // An append in part of a block takes the rest from the base.
+    slow.set_len(size).unwrap();
+    slow.write_all_at(&[5; 10], size).unwrap();
+    let mut expected = read(&lab.open_ro("base.img"), 0, size);
+    expected[..4096].fill(3);
+    expected.extend([5; 10]);
+    assert_eq!(slow.metadata().unwrap().len(), size + 10);
+    assert!(read(&slow, 0, size + 10) == expected);
+    drop(slow);
     lab.umount();
     lab.ok("umount inner");
 }
