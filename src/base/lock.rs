@@ -4,8 +4,9 @@
 //! and end with it, whichever process forks or closes a descriptor.
 //!
 //! cowslip's own: two bytes far past any data. A reader of a base holds the first; a writer
-//! (`mode=rw`, commit) holds the second as well. Readers share the base; a writer is alone. A third
-//! byte is held by daemons on the file that they log to, which is no base.
+//! (`mode=rw`, commit, a stream or `recv` to a block device) holds the second as well. Readers share
+//! the base; a writer is alone. A third byte is held by daemons on the file that they log to, which is
+//! no base.
 //!
 //! qemu's (`block/file-posix.c`, `raw_apply_lock_bytes` and `raw_check_lock_bytes`): for each
 //! permission bit, byte `100 + bit` says "I use this", byte `200 + bit` says "nobody else may".
@@ -24,6 +25,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::OFlags;
 
@@ -40,9 +42,15 @@ pub enum LockError {
         .0.display()
     )]
     UsedByQemu(PathBuf),
-    /// Another disk of ours writes to the file.
+    /// qemu or one of its tools uses the device that is to be overwritten.
     #[error(
-        "'{}' is being written by another cowslip mount: unmount that one first",
+        "'{}' is in use by a running VM or qemu tool (qemu's image lock): stop it first",
+        .0.display()
+    )]
+    OutputUsedByQemu(PathBuf),
+    /// A disk, a stream or a `recv` of ours writes to the file.
+    #[error(
+        "'{}' is being written by another cowslip mount or recv: end that one first",
         .0.display()
     )]
     HasWriter(PathBuf),
@@ -110,6 +118,32 @@ pub fn lock(
             Ok(())
         }
         answer => answer,
+    }
+}
+
+/// The lock of the only writer of a device, until it is dropped.
+#[derive(Debug)]
+pub struct OutputLock(Arc<File>);
+
+impl OutputLock {
+    /// Locks `device`, which is about to be overwritten, as [`lock`] does for [`BaseAccess::Write`]:
+    /// no disk has it as its base meanwhile. `device` must be open for reading, too.
+    ///
+    /// # Errors
+    /// [`LockError`]: somebody uses the device, or the host's error.
+    pub fn take(device: &Arc<File>, path: &Path) -> Result<Self, LockError> {
+        // Made first: what an attempt that fails has locked is released, too.
+        let this = Self(Arc::clone(device));
+        match lock(device, path, BaseAccess::Write, Locking::Qemu) {
+            Err(LockError::UsedByQemu(path)) => Err(LockError::OutputUsedByQemu(path)),
+            taken => taken.map(|()| this),
+        }
+    }
+}
+
+impl Drop for OutputLock {
+    fn drop(&mut self) {
+        release(&self.0);
     }
 }
 
@@ -400,6 +434,29 @@ mod tests {
     }
 
     #[test]
+    fn an_output_is_alone_and_ends_with_its_lock() {
+        let (_dir, path) = image();
+        let file = Arc::new(open(&path, BaseAccess::Write));
+        let reader = take(&path, BaseAccess::Read, Locking::Off).unwrap();
+        let refused = OutputLock::take(&file, &path).unwrap_err();
+        assert!(matches!(refused, LockError::HasReaders(_)), "{refused}");
+        drop(reader);
+        // The attempt has left nothing.
+        drop(take(&path, BaseAccess::Write, Locking::Qemu).unwrap());
+        let output = OutputLock::take(&file, &path).unwrap();
+        for access in [BaseAccess::Read, BaseAccess::Write] {
+            let refused = take(&path, access, Locking::Off).unwrap_err();
+            assert!(matches!(refused, LockError::HasWriter(_)), "{refused}");
+        }
+        // Although the file stays open.
+        drop(output);
+        drop(take(&path, BaseAccess::Write, Locking::Qemu).unwrap());
+        let _qemu = QemuIo::start(&path, &[]);
+        let refused = OutputLock::take(&file, &path).unwrap_err().to_string();
+        assert!(refused.ends_with("(qemu's image lock): stop it first"), "{refused}");
+    }
+
+    #[test]
     fn lock_off_still_keeps_our_own_mounts_apart() {
         let (_dir, path) = image();
         let _writer = take(&path, BaseAccess::Write, Locking::Off).unwrap();
@@ -407,7 +464,7 @@ mod tests {
         assert_eq!(
             refused.to_string(),
             format!(
-                "'{}' is being written by another cowslip mount: unmount that one first",
+                "'{}' is being written by another cowslip mount or recv: end that one first",
                 path.display()
             )
         );

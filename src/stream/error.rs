@@ -13,7 +13,7 @@ pub enum StreamOpenError {
     /// The path lies in the mount that would need it.
     #[error(transparent)]
     SelfReference(#[from] SelfReferenceError),
-    /// A disk uses the file that is to be replaced.
+    /// A disk uses the file that is to be replaced, or the device that is to be written.
     #[error(transparent)]
     InUse(#[from] LockError),
     /// The file exists already.

@@ -1,11 +1,12 @@
 //! Sinks on block devices: loop devices over files, so that discarded ranges can be checked.
 
 use std::fs;
-use std::io::IoSlice;
+use std::io::{IoSlice, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Stdio;
 
-use crate::common::mount::Lab;
+use crate::common::mount::{COWSLIP, Lab, one_line};
 use cowslip::config::{
     DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, SinkSpec, SpillCompression, StreamFrames,
     StreamSpec,
@@ -72,4 +73,60 @@ fn device_that_is_too_small_or_in_use_and_records_on_a_device_are_rejected() {
     assert!(busy.ends_with("Device or resource busy"), "{busy}");
     first.abort();
     assert!(fs::read(&device).unwrap() == vec![0xee; MIB as usize]);
+}
+
+#[test]
+fn device_that_is_the_base_of_a_disk_is_not_written_and_the_reverse() {
+    let lab = Lab::new();
+    lab.file_with_holes("dev", 8 * MIB);
+    let old = fs::read(lab.path("dev")).unwrap();
+    let device = lab.loop_device("dev", "");
+    lab.sh("mkdir n; head -c 8M /dev/zero | tr '\\0' n > new");
+    let to_device = format!("o=stream:8M,to=file:{device}");
+    let recv = |input: Stdio| {
+        let mut command = lab.command(COWSLIP);
+        command.args(["recv", "--frames", "raw", "--overwrite", &device]).stdin(input);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let recv_new = || recv(lab.open_ro("new").into()).wait_with_output().unwrap();
+    for keys in ["overlay=ov", "mode=ro,lock=off"] {
+        lab.mount(&format!("d={device},{keys}"));
+        let mount = lab.refused(1, &format!("mount n {to_device}"));
+        let recv = one_line(1, &recv_new(), "recv to a base");
+        for line in [mount, recv] {
+            assert!(line.contains(&format!("'{device}' cannot be written while")), "{line}");
+        }
+        let picture = lab.refused(1, &format!("map m/d --svg {device}"));
+        assert!(picture.ends_with("it is a block device: name a file"), "{picture}");
+        lab.sh("cmp m/d dev");
+        assert!(fs::read(&device).unwrap() == old, "a refused one has written");
+        lab.umount();
+    }
+    let line = lab.refused(1, &format!("mount n d={device},mode=ro {to_device}"));
+    assert!(line.contains(&format!("'{device}'")), "{line}");
+    assert!(fs::read(&device).unwrap() == old, "a refused one has written");
+
+    lab.ok(&format!("mount n {to_device}"));
+    for keys in ["overlay=ov", "mode=ro,lock=off"] {
+        let line = lab.refused(1, &format!("mount m d={device},{keys}"));
+        assert!(line.contains("is being written by another cowslip"), "{line}");
+    }
+    lab.sh("cp new n/o");
+    lab.ok("finish n/o");
+    // Whole, and so released, although its mount is still there.
+    lab.mount(&format!("d={device},mode=ro"));
+    lab.sh("cmp m/d new");
+    lab.umount();
+    lab.ok("umount n");
+
+    let mut receiver = recv(Stdio::piped());
+    let mut input = receiver.stdin.take().unwrap();
+    input.write_all(&vec![b'x'; 4 * MIB as usize]).unwrap();
+    // It has read more than a pipe holds, and so has opened the device.
+    let line = lab.refused(1, &format!("mount m d={device},mode=ro"));
+    assert!(line.contains("is being written by another cowslip"), "{line}");
+    drop(input);
+    assert!(receiver.wait().unwrap().success());
+    lab.mount(&format!("d={device},mode=ro"));
+    assert_eq!(lab.sh("head -c 4M m/d | tr -d x | wc -c").trim(), "0");
 }

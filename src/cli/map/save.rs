@@ -63,6 +63,10 @@ fn write_device(found: &PathHandle, bytes: &[u8]) -> io::Result<()> {
     if kind.is_dir() {
         return Err(io::Error::from_raw_os_error(libc::EISDIR));
     }
+    // It may be the base of a disk, or hold a file system; a picture belongs on none.
+    if kind.is_block_device() {
+        return Err(io::Error::other("it is a block device: name a file"));
+    }
     if kind.is_fifo() && !is_own(found.metadata().uid()) {
         return Err(io::Error::from_raw_os_error(libc::EPERM));
     }

@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
 
 use rustix::fs::{FileType, Mode, OFlags, fchmod};
 use rustix::io::Errno;
@@ -14,8 +15,7 @@ use rustix::io::Errno;
 use super::seekable::SeekableWriter;
 use super::wire::WireWriter;
 use super::{HostSink, Monitor, SinkBackend, StreamOpenError};
-use crate::base::lock;
-use crate::base::raw::HostKind;
+use crate::base::lock::{self, OutputLock};
 use crate::base::self_reference::check_self_reference;
 use crate::config::{Overwrite, Programs, SinkSpec, StreamFrames, StreamSpec};
 use crate::confined::PathHandle;
@@ -159,9 +159,7 @@ fn open_part(
     });
     let file = file.map_err(|error| StreamOpenError::host("write", part.path(), &error))?;
     let out = match spec.frames {
-        StreamFrames::Raw => {
-            SinkBackend::Seekable(SeekableWriter::new(file, HostKind::File, stop.clone()))
-        }
+        StreamFrames::Raw => SinkBackend::Seekable(SeekableWriter::to_file(file, stop.clone())),
         StreamFrames::Rbd => {
             SinkBackend::Wire(WireWriter::new(file.into(), FdMode::Plain, stop.clone()))
         }
@@ -201,14 +199,16 @@ fn open_device(
         ));
     }
     // O_EXCL: refused while the device is mounted, or opened exclusively by another process.
-    let opened = located.open(OFlags::WRONLY | OFlags::EXCL);
-    let file = opened.map_err(|error| StreamOpenError::host("write", path, &error))?;
+    // O_RDWR: the lock against disks that read the device is a shared one, which needs it.
+    let opened = located.open(OFlags::RDWR | OFlags::EXCL);
+    let file = Arc::new(opened.map_err(|error| StreamOpenError::host("write", path, &error))?);
+    let lock = OutputLock::take(&file, path)?;
     let size = host::file_size(&file);
     let size = size.map_err(|error| StreamOpenError::host("measure", path, &error))?;
     if size < spec.size {
         return Err(StreamOpenError::TooSmall { path: path.to_owned(), size, needed: spec.size });
     }
-    let out = SeekableWriter::new(file, HostKind::BlockDevice, stop.clone());
+    let out = SeekableWriter::to_device(file, lock, stop.clone());
     Ok(OpenedSink::new("device", label, SinkBackend::Seekable(out)))
 }
 

@@ -3,11 +3,13 @@
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::ops::Range;
+use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::vectored::{MAX_WRITE, fitting_count, write_parts, write_some_zeros};
+use crate::base::lock::OutputLock;
 use crate::base::raw::HostKind;
 use crate::host::{
     PUNCH_OR_ZERO, is_fallocate_unsupported, os_error, whole_device_blocks, zero_by_host,
@@ -21,17 +23,26 @@ const MAX_DISCARD: u64 = 1 << 30;
 /// A writer to a file or device.
 #[derive(Debug)]
 pub(super) struct SeekableWriter {
-    file: File,
+    file: Arc<File>,
     kind: HostKind,
+    /// Keeps all disks off a device; a file has no name yet by which one could take it.
+    _lock: Option<OutputLock>,
     /// The methods to try for a gap on a device: those that were found unsupported are left out.
     hole_methods: &'static [FallocateFlags],
     stop: Stop,
 }
 
 impl SeekableWriter {
-    /// Creates a writer to `file`, which must read as zeros unless it is a device.
-    pub(super) fn new(file: File, kind: HostKind, stop: Stop) -> Self {
-        Self { file, kind, hole_methods: PUNCH_OR_ZERO, stop }
+    /// Creates a writer to `file`, which must read as zeros.
+    pub(super) fn to_file(file: File, stop: Stop) -> Self {
+        let (file, kind) = (Arc::new(file), HostKind::File);
+        Self { file, kind, _lock: None, hole_methods: PUNCH_OR_ZERO, stop }
+    }
+
+    /// Creates a writer to the block device `file`, which `lock` keeps all others off.
+    pub(super) fn to_device(file: Arc<File>, lock: OutputLock, stop: Stop) -> Self {
+        let kind = HostKind::BlockDevice;
+        Self { file, kind, _lock: Some(lock), hole_methods: PUNCH_OR_ZERO, stop }
     }
 
     /// Writes all of `parts` from `offset` on; calls `passed` with the length of each piece.

@@ -15,6 +15,7 @@ use super::super::{TransferError, TransferFormat, TransferProgress};
 use super::head::StreamHead;
 use super::preflight::{CheckedDestination, check_stream};
 use super::{ReceivePlan, Received};
+use crate::base::lock::OutputLock;
 use crate::config::{Overwrite, format_size};
 use crate::confined;
 use crate::host::{os_error, os_message};
@@ -27,6 +28,8 @@ pub(super) struct Receiver<'a> {
     pub(super) target: TargetWriter,
     /// The part and the writer of its state; `None` for a device.
     pub(super) part: Option<(PartFile, StateWriter)>,
+    /// Keeps all disks off a device; `None` for a file.
+    _device_lock: Option<OutputLock>,
     device_path: PathBuf,
     overwrite: Overwrite,
     /// Whether ranges that are not written keep the content they had before.
@@ -77,6 +80,9 @@ impl<'a> Receiver<'a> {
             _ => Err(os_error(libc::ESTALE)),
         };
         let file = open().map_err(|error| TransferError::host("write", &path, &error))?;
+        let file = Arc::new(file);
+        let lock = OutputLock::take(&file, &path)
+            .map_err(|error| TransferError::Refused(error.to_string()))?;
         let size = device_size(&file, &path)?;
         if size < head.size {
             return Err(TransferError::Refused(format!(
@@ -86,8 +92,9 @@ impl<'a> Receiver<'a> {
             )));
         }
         Ok(Self {
-            target: TargetWriter::new(&Arc::new(file), TargetKind::Device),
+            target: TargetWriter::new(&file, TargetKind::Device),
             part: None,
+            _device_lock: Some(lock),
             device_path: path,
             overwrite: Overwrite::Yes,
             keeps_old_content: true,
@@ -129,6 +136,7 @@ impl<'a> Receiver<'a> {
         let state = ReceiveState { inode, offset: origin, overwrite, ..head.state() };
         Ok(Self {
             target,
+            _device_lock: None,
             device_path: PathBuf::new(),
             overwrite: if overwrite { Overwrite::Yes } else { Overwrite::No },
             keeps_old_content: plan.onto.is_some(),
