@@ -9,6 +9,9 @@
 //! interruption `NAME.part` stays, so that the user can see how far the write came, or resume it.
 //! An existing file of the final name is replaced only on request, even if another process creates
 //! it at the last moment.
+//!
+//! A lock is on a file, not on its name: whoever may write the directory can give `NAME.part` to
+//! another file. So a rename looks before it and after it which file has the name.
 
 mod unnamed;
 
@@ -20,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags, flock, linkat, renameat,
+    AtFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags, flock, fstat, linkat, renameat,
     renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
@@ -230,7 +233,8 @@ impl PartFile {
         // Sync first: the name promises that all of the file is there, even after a power cut.
         let synced = self.file.sync_all();
         synced.map_err(|error| format!("cannot write '{path}': {}", os_message(&error)))?;
-        self.rename(overwrite).map_err(|error| rename_error(&self.path, &self.name, error))?;
+        rename(&self.file, self.slot.dir(), &self.slot.part_name(), &self.slot.name, overwrite)
+            .map_err(|error| error.line(&self.path, &self.name))?;
         let synced = sync_dir(self.slot.dir());
         synced.map_err(|error| {
             format!("cannot write the directory of '{name}': {}", os_message(&error))
@@ -239,29 +243,69 @@ impl PartFile {
 
     /// Deletes the part when its content is not needed.
     pub fn remove(&self) {
-        // The lock is still held, so the file is ours. If it cannot be deleted, it does no harm.
-        let _ = confined::remove_file(self.slot.dir(), self.slot.part_name());
-    }
-
-    fn rename(&self, overwrite: Overwrite) -> Result<(), Errno> {
-        let (dir, from, to) = (self.slot.dir(), self.slot.part_name(), &self.slot.name);
-        rename(dir, &from, to, overwrite)
-    }
-}
-
-/// Explains why the complete file at `path` could not be renamed to `name`.
-fn rename_error(path: &Path, name: &Path, error: Errno) -> String {
-    let (path, name) = (path.display(), name.display());
-    match error {
-        Errno::EXIST => {
-            format!("'{name}' was made by somebody else meanwhile: all of it is in '{path}'")
+        // If it cannot be deleted, it does no harm.
+        if is_still_named(&self.file, &self.slot) {
+            let _ = confined::remove_file(self.slot.dir(), self.slot.part_name());
         }
-        error => format!("cannot rename '{path}' to '{name}': {}", os_message(&error.into())),
     }
 }
 
-/// Renames `from` to `to` in `dir`, replacing an existing file only with [`Overwrite::Yes`].
-fn rename(dir: &File, from: &OsStr, to: &OsStr, overwrite: Overwrite) -> Result<(), Errno> {
+/// Why a complete file could not be renamed to its final name.
+enum RenameError {
+    /// Another file has the name of the part.
+    PartReplaced,
+    /// Another file has the final name, or none has, although the rename succeeded.
+    NameReplaced,
+    /// The host returned an error; `EEXIST` for a file that may not be replaced.
+    Host(Errno),
+}
+
+impl RenameError {
+    /// Explains why the complete file at `path` could not be renamed to `name`.
+    fn line(&self, path: &Path, name: &Path) -> String {
+        let (path, name) = (path.display(), name.display());
+        match self {
+            Self::PartReplaced => format!(
+                "'{path}' was replaced by another file meanwhile: '{name}' is not made, begin anew"
+            ),
+            Self::NameReplaced => format!(
+                "'{name}' is not the file that was written: '{path}' or it was replaced meanwhile; \
+                 look at it, and begin anew"
+            ),
+            Self::Host(Errno::EXIST) => {
+                format!("'{name}' was made by somebody else meanwhile: all of it is in '{path}'")
+            }
+            Self::Host(error) => {
+                format!("cannot rename '{path}' to '{name}': {}", os_message(&(*error).into()))
+            }
+        }
+    }
+}
+
+/// Renames `file` from `from` to `to` in `dir`, replacing an existing file only with
+/// [`Overwrite::Yes`].
+fn rename(
+    file: &File,
+    dir: &File,
+    from: &OsStr,
+    to: &OsStr,
+    overwrite: Overwrite,
+) -> Result<(), RenameError> {
+    match is_named(file, dir, from) {
+        Ok(true) => {}
+        Ok(false) => return Err(RenameError::PartReplaced),
+        Err(error) => return Err(RenameError::Host(error)),
+    }
+    rename_by_name(dir, from, to, overwrite).map_err(RenameError::Host)?;
+    match is_named(file, dir, to) {
+        Ok(true) => Ok(()),
+        Ok(false) | Err(Errno::NOENT) => Err(RenameError::NameReplaced),
+        Err(error) => Err(RenameError::Host(error)),
+    }
+}
+
+/// Renames whatever file has the name `from`.
+fn rename_by_name(dir: &File, from: &OsStr, to: &OsStr, overwrite: Overwrite) -> Result<(), Errno> {
     if overwrite == Overwrite::Yes {
         return renameat(dir, from, dir, to);
     }
@@ -325,10 +369,13 @@ fn lock(file: &File, path: &Path) -> Result<(), PartFileError> {
 
 /// Returns whether `file` still has the part's name in `slot`.
 fn is_still_named(file: &File, slot: &FileSlot) -> bool {
-    match (file.metadata(), statat(slot.dir(), slot.part_name(), AtFlags::SYMLINK_NOFOLLOW)) {
-        (Ok(file), Ok(named)) => (file.dev(), file.ino()) == (named.st_dev, named.st_ino),
-        _ => false,
-    }
+    is_named(file, slot.dir(), &slot.part_name()).unwrap_or(false)
+}
+
+/// Returns whether `file` has the name `name` in `dir`; `ENOENT` if no file has it.
+fn is_named(file: &File, dir: &File, name: &OsStr) -> Result<bool, Errno> {
+    let (file, named) = (fstat(file)?, statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?);
+    Ok((file.st_dev, file.st_ino) == (named.st_dev, named.st_ino))
 }
 
 #[cfg(test)]
@@ -367,6 +414,65 @@ mod tests {
         assert_eq!((fs::read(&name).unwrap(), part.path().exists()), (b"old".to_vec(), true));
         part.commit(Overwrite::Yes).unwrap();
         assert_eq!((fs::read(&name).unwrap(), part.path().exists()), (b"new".to_vec(), false));
+    }
+
+    #[test]
+    fn a_file_that_took_the_name_of_the_part_is_not_renamed_and_not_removed() {
+        let home = tempfile::tempdir().unwrap();
+        let (name, away) = (home.path().join("x"), home.path().join("away"));
+        for overwrite in [Overwrite::No, Overwrite::Yes] {
+            let part = PartFile::create(&name, None, 0o600).unwrap();
+            fs::write(part.path(), b"mine").unwrap();
+            fs::rename(part.path(), &away).unwrap();
+            let line = part.commit(overwrite).unwrap_err();
+            assert!(line.starts_with("cannot rename"), "{line}");
+            fs::write(part.path(), b"other").unwrap();
+            let line = part.commit(overwrite).unwrap_err();
+            assert!(line.contains("x.part' was replaced by another file meanwhile"), "{line}");
+            part.remove();
+            assert_eq!((fs::read(part.path()).unwrap(), name.exists()), (b"other".to_vec(), false));
+            fs::rename(&away, part.path()).unwrap();
+            part.commit(overwrite).unwrap();
+            assert_eq!(fs::read(&name).unwrap(), b"mine");
+            fs::remove_file(&name).unwrap();
+        }
+    }
+
+    /// Only a check after the rename notices a file that comes between the first check and it.
+    #[test]
+    fn a_commit_that_succeeds_has_named_its_own_file_whatever_others_rename_meanwhile() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let home = tempfile::tempdir().unwrap();
+        let (name, other) = (home.path().join("x"), home.path().join("other"));
+        let (is_over, mut wrong) = (AtomicBool::new(false), 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    fs::write(&other, b"other").unwrap();
+                    let _ = renameat_with(
+                        rustix::fs::CWD,
+                        &other,
+                        rustix::fs::CWD,
+                        part_path(&name),
+                        RenameFlags::EXCHANGE,
+                    );
+                }
+            });
+            for _ in 0..200 {
+                let Ok(part) = PartFile::create(&name, None, 0o600) else {
+                    let _ = fs::remove_file(part_path(&name));
+                    continue;
+                };
+                rustix::io::pwrite(&**part.file(), b"mine", 0).unwrap();
+                if part.commit(Overwrite::Yes).is_ok() {
+                    let found = fs::metadata(&name).map(|found| found.ino()).ok();
+                    wrong += u32::from(found != part.file().metadata().map(|it| it.ino()).ok());
+                }
+                let _ = fs::remove_file(part_path(&name));
+            }
+            is_over.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(wrong, 0);
     }
 
     #[test]

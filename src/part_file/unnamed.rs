@@ -10,7 +10,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, linkat, openat};
 use rustix::io::Errno;
 use uuid::Uuid;
 
-use super::{FileSlot, PartFileError, rename, rename_error};
+use super::{FileSlot, PartFileError, is_named, rename};
 use crate::config::Overwrite;
 use crate::confined;
 use crate::host::{os_message, sync_dir};
@@ -108,7 +108,9 @@ impl UnnamedFile {
 
     /// Discards the file and leaves nothing behind.
     pub fn discard(self) {
-        if let Some(temp) = &self.temp {
+        if let Some(temp) = &self.temp
+            && is_named(&self.file, self.slot.dir(), &temp.in_dir).unwrap_or(false)
+        {
             // If it cannot be deleted, it does no harm.
             let _ = confined::remove_file(self.slot.dir(), &temp.in_dir);
         }
@@ -140,8 +142,8 @@ impl UnnamedFile {
                 found.map_err(naming)?.1
             }
         };
-        rename(self.slot.dir(), &temp.in_dir, &self.slot.name, overwrite)
-            .map_err(|error| rename_error(&temp.path, &self.name, error))?;
+        rename(&self.file, self.slot.dir(), &temp.in_dir, &self.slot.name, overwrite)
+            .map_err(|error| error.line(&temp.path, &self.name))?;
         self.sync_dir()
     }
 

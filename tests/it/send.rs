@@ -341,6 +341,28 @@ fn block_device_can_be_sent_and_received() {
 }
 
 #[test]
+fn file_that_took_the_name_of_the_part_is_not_taken_for_what_was_received() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 8 * MIB, &[(0, 8 * MIB)]);
+    let sent = wire(&lab, "x");
+    let mut command = lab.command(COWSLIP);
+    command.args(["recv", "out"]).stdin(Stdio::piped());
+    let mut receiver = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut input = receiver.stdin.take().unwrap();
+    // It has read more than a pipe holds, and so has made the part.
+    let (first, rest) = sent.split_at(4 * MIB as usize);
+    input.write_all(first).unwrap();
+    lab.sh("mv out.part moved; echo evil > out.part");
+    input.write_all(rest).unwrap();
+    drop(input);
+    let line = one_line(1, &receiver.wait_with_output().unwrap(), "another part");
+    assert!(line.contains("'out.part' was replaced by another file"), "{line}");
+    assert_eq!(lab.sh("cat out.part; [ ! -e out ]"), "evil\n");
+    // The record of the first part is not taken for one of the other file.
+    lab.sh("$COWSLIP recv out --resume < wire.out; cmp out x");
+}
+
+#[test]
 fn mounted_disk_is_sent_with_its_present_bytes() {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);

@@ -559,6 +559,25 @@ fn rbd_records_allow_late_rewrites() {
 }
 
 #[test]
+fn file_that_took_the_name_of_the_part_does_not_get_the_name_of_the_stream() {
+    let lab = Lab::new();
+    lab.sh("echo old > old");
+    for target in ["out", "old"] {
+        lab.mount(&format!("o=stream:8M,to=file:{target},overwrite"));
+        lab.sh("head -c 8M /dev/urandom > m/o");
+        lab.sh(&format!("mv {target}.part moved; echo evil > {target}.part"));
+        let line = lab.refused(1, "finish m/o");
+        assert!(line.contains(&format!("{target}.part' was replaced by another file")), "{line}");
+        assert_eq!(lab.sh(&format!("cat {target}.part; rm {target}.part")), "evil\n");
+        // Who did not see that is told again.
+        let line = lab.refused(1, "umount m");
+        assert!(line.contains("o: the stream failed"), "{line}");
+    }
+    assert!(!lab.path("out").exists());
+    assert_eq!(lab.sh("cat old"), "old\n");
+}
+
+#[test]
 fn gaps_of_a_stream_become_zeros_on_a_block_device() {
     let lab = Lab::new();
     lab.sh("head -c 16M /dev/urandom > disk");
