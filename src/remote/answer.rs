@@ -69,3 +69,13 @@ pub(super) fn read_range(transport: &dyn Transport, range: &Range<u64>) -> io::R
     bytes.drain(..usize::try_from(range.start - outer.start).unwrap_or(usize::MAX));
     Ok(bytes)
 }
+
+/// Whether the server did not answer in time, or has another image by now.
+pub(super) fn is_outage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ETIMEDOUT | libc::ESTALE))
+}
+
+/// Returns the error that users of the disk get: `EIO` for an outage, as of any disk.
+pub(super) fn as_told(error: &io::Error) -> io::Error {
+    os_error(if is_outage(error) { libc::EIO } else { error.raw_os_error().unwrap_or(libc::EIO) })
+}

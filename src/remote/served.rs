@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use parking_lot::Mutex;
 
-use super::answer::{answer_of, read_range};
+use super::answer::{answer_of, as_told, is_outage, read_range};
 use super::extent_cache::ExtentCache;
 use super::transport::Transport;
 use crate::extents::{Extent, ExtentKind};
@@ -36,9 +36,7 @@ impl ServedImage {
         let stretch = range.start..self.extents.lock().unknown_end(&(range.start..most));
         let found = match answer_of(|done| self.transport.extents(stretch, done)).wait() {
             Ok(found) => found,
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ETIMEDOUT | libc::ESTALE)) => {
-                return Err(os_error(libc::EIO));
-            }
+            Err(error) if is_outage(&error) => return Err(as_told(&error)),
             // What it cannot say counts as data, which a read finds bad or good.
             Err(_) => return Ok(Extent::new(range, ExtentKind::Data)),
         };
@@ -85,13 +83,8 @@ impl Layer for ServedImage {
         if wait == Wait::No {
             return Err(os_error(libc::EAGAIN));
         }
-        let bytes = read_range(&*self.transport, &range).map_err(|error| {
-            // As of any file: the log says what became of the program.
-            match error.raw_os_error() {
-                Some(libc::ETIMEDOUT | libc::ESTALE) => os_error(libc::EIO),
-                _ => error,
-            }
-        })?;
+        // The log says what became of the program.
+        let bytes = read_range(&*self.transport, &range).map_err(|error| as_told(&error))?;
         buf.get_mut(..bytes.len()).ok_or_else(|| os_error(libc::EIO))?.copy_from_slice(&bytes);
         Ok(Extent::new(range, ExtentKind::Data))
     }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
-use super::answer::{Answer, answer_of, read_range};
+use super::answer::{Answer, answer_of, as_told, is_outage, read_range};
 use super::extent_cache::{ExtentCache, ExtentWalk};
 use super::transport::{IdentityCheck, MAX_ZERO, WritableTransport};
 use super::watched_samples::WatchedSamples;
@@ -220,16 +220,6 @@ impl RemoteDisk {
     }
 }
 
-/// Whether the server did not answer in time, or has another image by now.
-fn is_outage(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ETIMEDOUT | libc::ESTALE))
-}
-
-/// Returns the error that users of the disk get: `EIO` for an outage, as of any disk.
-fn as_told(error: &io::Error) -> io::Error {
-    os_error(if is_outage(error) { libc::EIO } else { error.raw_os_error().unwrap_or(libc::EIO) })
-}
-
 impl Layer for RemoteDisk {
     fn size(&self) -> u64 {
         self.transport.size()
@@ -323,6 +313,8 @@ impl WritableLayer for RemoteDisk {
             return Err(os_error(libc::EIO));
         }
         let (number, changes) = (self.samples.begin_flush(), self.changes.load(Ordering::SeqCst));
+        // As it was before: a flush beside this one may succeed after the server has lost the bytes.
+        let is_clean = changes == self.durable.load(Ordering::SeqCst);
         let flushed = answer_of(|done| self.transport.flush(done)).wait();
         match &flushed {
             Ok(()) => {
@@ -330,7 +322,7 @@ impl WritableLayer for RemoteDisk {
                 self.durable.fetch_max(changes, Ordering::SeqCst);
             }
             // Without changes that were not flushed, an outage has cost nothing.
-            Err(_) if changes == self.durable.load(Ordering::SeqCst) => {}
+            Err(_) if is_clean => {}
             Err(_) => self.is_latched.store(true, Ordering::Release),
         }
         flushed.map_err(|error| as_told(&error))

@@ -78,7 +78,9 @@ pub(super) fn open_persistent(
     // commit has to be finished first.
     let is_changed =
         matches!(find_mismatch(&found.stack.base, description)?, Some(BaseMismatch::Changed(_)));
-    let is_committing = description.is_recorded_file(&found.stack.base)?
+    // Looked at only where it matters: it costs the samples of the base, and a walk over the log.
+    let is_committing = (is_changed || description.remote().is_some())
+        && description.is_recorded_file(&found.stack.base)?
         && found.is_committing().map_err(OpenError::overlay(dir))?;
     if is_committing && let Some(remote) = description.remote() {
         remote.expect_changes();
