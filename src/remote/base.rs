@@ -9,6 +9,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::BLOCK_SIZE;
+use super::answer::is_outage;
 use super::cache::{Cache, Urgency};
 use super::extent_cache::{ExtentCache, ExtentWalk};
 use super::fetcher::Fetcher;
@@ -200,14 +201,12 @@ impl RemoteBase {
                         extents.cache.insert(&found);
                         Ok(())
                     }
-                    Err(error) => match error.raw_os_error() {
-                        Some(libc::ETIMEDOUT | libc::ESTALE) => Err(libc::EIO),
-                        // A server that cannot say holds data, for all that is known.
-                        _ => {
-                            extents.cache.insert(&[Extent::new(asked, ExtentKind::Data)]);
-                            Ok(())
-                        }
-                    },
+                    Err(error) if is_outage(&error) => Err(libc::EIO),
+                    // A server that cannot say holds data, for all that is known.
+                    Err(_) => {
+                        extents.cache.insert(&[Extent::new(asked, ExtentKind::Data)]);
+                        Ok(())
+                    }
                 }
             };
             arrival.complete(outcome);

@@ -29,6 +29,7 @@ mod samples;
 mod served;
 mod tls;
 mod transport;
+mod waited_extents;
 mod watched_samples;
 mod writable;
 mod writer_guard;

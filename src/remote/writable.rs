@@ -8,11 +8,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 
-use super::answer::{Answer, answer_of, as_told, is_outage, read_range};
-use super::extent_cache::{ExtentCache, ExtentWalk};
+use super::answer::{Answer, answer_of, as_told, read_range};
 use super::transport::{IdentityCheck, MAX_ZERO, WritableTransport};
+use super::waited_extents::WaitedExtents;
 use super::watched_samples::WatchedSamples;
 use super::writer_guard::WriterGuard;
 use crate::config::{RemoteAddress, RemoteSpec};
@@ -28,8 +28,8 @@ const ZEROS_LEN: u64 = 256 << 10;
 pub struct RemoteDisk {
     spec: RemoteSpec,
     transport: Arc<dyn WritableTransport>,
-    extents: Mutex<(ExtentCache, ExtentWalk)>,
-    /// Number of changes that have ended. Extents that were asked for before one are not remembered.
+    extents: WaitedExtents,
+    /// Number of changes that have ended.
     changes: AtomicU64,
     /// Number of changes that had ended before a sync that succeeded.
     durable: AtomicU64,
@@ -57,7 +57,7 @@ impl RemoteDisk {
             samples: WatchedSamples::read(&*transport)?,
             spec,
             transport,
-            extents: Mutex::default(),
+            extents: WaitedExtents::default(),
             changes: AtomicU64::new(0),
             durable: AtomicU64::new(0),
             whole_blocks: RwLock::new(()),
@@ -135,21 +135,6 @@ impl RemoteDisk {
         parts.into_iter().map(Answer::wait).fold(Ok(()), io::Result::and)
     }
 
-    /// Asks the server for the extents from byte `at` on, of which nothing is known, and waits.
-    fn ask_extents(&self, at: u64) -> io::Result<Vec<Extent>> {
-        let questions = {
-            let (cache, walk) = &mut *self.extents.lock();
-            walk.questions(at, self.size(), cache)
-        };
-        let ask = |question| answer_of(|done| self.transport.extents(question, done));
-        let answers: Vec<_> = questions.into_iter().map(ask).collect();
-        let mut found = Vec::new();
-        for answer in answers {
-            found.extend(answer.wait()?);
-        }
-        Ok(found)
-    }
-
     fn zero_range(&self, range: Range<u64>, punch: bool) -> io::Result<()> {
         let alignment = self.alignment();
         let start = range.start.next_multiple_of(alignment).min(range.end);
@@ -213,9 +198,8 @@ impl RemoteDisk {
         let noted = self.samples.begin_change(range);
         let changed = change();
         drop(noted);
-        // An answer to a question that was asked meanwhile may be of before the change.
         self.changes.fetch_add(1, Ordering::SeqCst);
-        *self.extents.lock() = Default::default();
+        self.extents.forget();
         changed.map_err(|error| as_told(&error))
     }
 }
@@ -226,32 +210,7 @@ impl Layer for RemoteDisk {
     }
 
     fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
-        if range.start >= self.size() {
-            return Ok(Extent::new(range, ExtentKind::Hole));
-        }
-        let range = range.start..range.end.min(self.size());
-        if !self.transport.knows_extents() {
-            return Ok(Extent::new(range, ExtentKind::Data));
-        }
-        if let Some(known) = self.extents.lock().0.get(&range) {
-            return Ok(known);
-        }
-        if wait == Wait::No {
-            return Err(os_error(libc::EAGAIN));
-        }
-        let before = self.changes.load(Ordering::SeqCst);
-        let found = match self.ask_extents(range.start) {
-            Ok(found) => found,
-            Err(error) if is_outage(&error) => return Err(as_told(&error)),
-            // A server that cannot say holds data, for all that is known.
-            Err(_) => return Ok(Extent::new(range, ExtentKind::Data)),
-        };
-        let mut extents = self.extents.lock();
-        if self.changes.load(Ordering::SeqCst) == before {
-            extents.0.insert(&found);
-        }
-        let first = found.first().and_then(|first| first.clip(&range));
-        Ok(first.unwrap_or_else(|| Extent::new(range, ExtentKind::Data)))
+        self.extents.extent_at(&*self.transport, range, wait)
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
