@@ -9,31 +9,8 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use crate::common::mount::*;
+use crate::common::qemu::{assert_same_as_qemu, runs};
 use crate::common::random;
-
-/// The zero ranges and the data ranges of an image, as qemu-img sees them: start, length, is zero.
-fn runs(lab: &Lab, of: &str) -> Vec<(u64, u64, bool)> {
-    let json = lab.sh(&format!("qemu-img map --output=json {of}"));
-    let map: serde_json::Value = serde_json::from_str(&json).unwrap();
-    let mut runs: Vec<(u64, u64, bool)> = Vec::new();
-    for run in map.as_array().unwrap() {
-        let number = |key: &str| run[key].as_u64().unwrap();
-        let (start, len) = (number("start"), number("length"));
-        let is_zero = run["zero"].as_bool().unwrap();
-        match runs.last_mut() {
-            Some(last) if last.2 == is_zero => last.1 += len,
-            _ => runs.push((start, len, is_zero)),
-        }
-    }
-    runs
-}
-
-/// Checks that the disk `name` has the bytes and the holes that QEMU finds in the image.
-#[track_caller]
-fn is_as_qemu_reads_it(lab: &Lab, name: &str, format: &str, image: &str) {
-    lab.sh(&format!("qemu-img compare -f raw -F {format} m/{name} {image}"));
-    assert_eq!(runs(lab, &format!("-f raw m/{name}")), runs(lab, &format!("-f {format} {image}")));
-}
 
 /// The process ids of the qemu-nbd that serve the mount at `m`.
 fn programs(lab: &Lab) -> Vec<u32> {
@@ -70,7 +47,7 @@ fn images_of_every_format_are_read_as_qemu_reads_them() {
         lab.sh(&format!("qemu-img convert -f raw -O {format} -o {options} base.img {image}"));
         lab.watch(&image);
         lab.mount(&format!("d={image},format={format},mode=ro"));
-        is_as_qemu_reads_it(&lab, "d", format, &image);
+        assert_same_as_qemu(&lab, "d", format, &image);
         assert_eq!(lab.disk("d")["format"], format);
         // The start of the disk, whatever size the format rounds it to.
         lab.sh(&format!("cmp -n {} base.img m/d", 24 * MIB));
@@ -123,7 +100,7 @@ fn a_dmg_image_is_read_as_qemu_reads_it() {
     lab.sh("python3 make.py");
     lab.mount("d=d.dmg,format=dmg");
     lab.sh("cmp m/d d.raw");
-    is_as_qemu_reads_it(&lab, "d", "dmg", "d.dmg");
+    assert_same_as_qemu(&lab, "d", "dmg", "d.dmg");
     lab.umount();
     let line = lab.refused(1, "mount m d=d.dmg,format=dmg,mode=rw");
     assert!(line.contains("is a dmg image, which is only read") && line.contains("copy"), "{line}");
@@ -296,7 +273,7 @@ fn what_an_image_names_is_read_only_where_it_is_allowed() {
         assert!(line.contains("--allow-backing"), "{line}");
         let allowed = if named.contains("/../") { "b" } else { "a" };
         lab.mount(&format!("d={image},format={format},overlay=ov --allow-backing {allowed}"));
-        is_as_qemu_reads_it(&lab, "d", format, image);
+        assert_same_as_qemu(&lab, "d", format, image);
         lab.umount();
         // What it needs is recorded, as the backing file of a qcow2 image is.
         let real = fs::canonicalize(lab.path(named)).unwrap();

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::common::mount::*;
+use crate::common::qemu::assert_same_as_qemu;
 use cowslip::base::{BaseAccess, BaseOptions};
 use cowslip::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
 use cowslip::extents::{Extent, ExtentKind};
@@ -19,25 +20,7 @@ fn same_as_qemu(lab: &Lab, names: &[&str]) {
     let words = names.iter().map(|name| format!(" {name}={name}.qcow2,format=qcow2,mode=ro"));
     lab.mount(words.collect::<String>().trim_start());
     for name in names {
-        lab.sh(&format!("qemu-img compare -f raw -F qcow2 m/{name} {name}.qcow2"));
-        // The zero ranges are equal as well, compared as a list of runs.
-        let zeros = |of: &str| {
-            let map: serde_json::Value =
-                serde_json::from_str(&lab.sh(&format!("qemu-img map --output=json {of}"))).unwrap();
-            let mut runs: Vec<(u64, u64, bool)> = Vec::new();
-            for run in map.as_array().unwrap() {
-                let number = |key: &str| run[key].as_u64().unwrap();
-                let (start, len) = (number("start"), number("length"));
-                let is_zero = run["zero"].as_bool().unwrap();
-                match runs.last_mut() {
-                    Some(last) if last.2 == is_zero => last.1 += len,
-                    _ => runs.push((start, len, is_zero)),
-                }
-            }
-            runs
-        };
-        let ours = zeros(&format!("-f raw m/{name}"));
-        assert_eq!(ours, zeros(&format!("-f qcow2 {name}.qcow2")), "{name}");
+        assert_same_as_qemu(lab, name, "qcow2", &format!("{name}.qcow2"));
     }
     lab.umount();
 }

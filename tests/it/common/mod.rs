@@ -3,6 +3,7 @@
 pub(crate) mod library;
 pub(crate) mod model;
 pub mod mount;
+pub(crate) mod qemu;
 pub mod random;
 pub(crate) mod sim;
 pub(crate) mod state;
