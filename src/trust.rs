@@ -190,14 +190,14 @@ impl Principal {
         Self { uid, invoker: INVOKER.filter(|_| uid == 0) }
     }
 
-    fn is_believed(&self, owner: u32) -> bool {
+    fn is_trusted(&self, owner: u32) -> bool {
         owner == 0 || owner == self.uid || Some(owner) == self.invoker
     }
 
     /// Describes how another user can write an entry with this owner and mode; `None` when no other
     /// user can.
     fn objection(&self, owner: u32, mode: u32) -> Option<String> {
-        if !self.is_believed(owner) {
+        if !self.is_trusted(owner) {
             return Some(format!("belongs to another user (uid {owner}), who can change it"));
         }
         if mode & STICKY_BIT != 0 {
@@ -286,7 +286,7 @@ impl FuseMounts {
         let Some(entry) = entries.iter().find(|entry| entry.id == id) else {
             return Ok(is_fuse(file).then(|| "lies on a FUSE file system that is gone".to_owned()));
         };
-        Ok(entry.owner.filter(|owner| !viewer.is_believed(*owner)).map(|owner| {
+        Ok(entry.owner.filter(|owner| !viewer.is_trusted(*owner)).map(|owner| {
             format!("lies on a FUSE file system of another user (uid {owner}), who can change it")
         }))
     }
@@ -428,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_is_believed_as_its_directory_is() {
+    fn a_configuration_is_trusted_as_its_directory_is() {
         let room = tempfile::tempdir().unwrap();
         let path = room.path().join("a.toml");
         fs::write(&path, "").unwrap();
