@@ -20,6 +20,7 @@ mod commit;
 mod error;
 mod extent_cache;
 mod fetcher;
+#[cfg(feature = "network")]
 mod http;
 mod image;
 mod nbd;
@@ -44,6 +45,10 @@ pub use self::open::{open, open_writable};
 pub(crate) use self::open::{serve, set_io_timeout};
 pub(crate) use self::served::ServedImage;
 pub use self::writable::RemoteDisk;
+
+/// Why a build without the feature `network` cannot open an image.
+#[cfg(not(feature = "network"))]
+const NO_NETWORK: &str = "this cowslip was built without HTTP and TLS (the feature 'network')";
 
 /// The granularity of what is fetched and kept, in bytes: a page.
 const BLOCK_SIZE: u64 = 4 << 10;

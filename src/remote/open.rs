@@ -14,6 +14,7 @@ use super::RemoteDisk;
 use super::base::RemoteBase;
 use super::cache::{CacheError, CacheRegistry, Urgency};
 use super::error::RemoteError;
+#[cfg(feature = "network")]
 use super::http::{HttpClient, HttpOptions};
 use super::image::RemoteImage;
 use super::nbd::{Access, NbdClient, NbdOptions, NbdTarget, ServerProgram};
@@ -24,7 +25,7 @@ use super::transport::{Transport, WritableTransport};
 use super::writer_guard::{WriterGuard, check_not_written, place_of};
 use crate::config::{Protocol, RemoteAddress, RemoteSpec};
 use crate::host::os_message;
-use crate::identity::{Identity, Mtime};
+use crate::identity::Identity;
 
 /// The seconds after which a request fails that no server answers; those of the mount.
 static IO_TIMEOUT: AtomicU64 = AtomicU64::new(30);
@@ -207,6 +208,12 @@ fn open_nbd(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
     Ok(Opened { transport: client, identity, head: Vec::new(), writable })
 }
 
+#[cfg(not(feature = "network"))]
+fn open_http(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
+    Err(refused(&spec.address, super::NO_NETWORK))
+}
+
+#[cfg(feature = "network")]
 fn open_http(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
     let address = &spec.address;
     let (io_timeout, open_timeout) = timeouts();
@@ -222,7 +229,7 @@ fn open_http(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
     let (client, head) = opened.map_err(|error| refused(&spec.address, &error.to_string()))?;
     let mut identity = identity_of(&client).map_err(|error| unreadable(&spec.address, &error))?;
     if client.version().is_none() {
-        identity.mtime = client.modified().map(|secs| Mtime { secs, nanos: 0 });
+        identity.mtime = client.modified().map(|secs| crate::identity::Mtime { secs, nanos: 0 });
         let time = if identity.mtime.is_some() { "its time" } else { "no time" };
         log::warn!(
             "'{address}': its server names no version of the image (a strong ETag): another one is noticed \

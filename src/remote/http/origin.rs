@@ -70,7 +70,7 @@ fn client(url: &HttpUrl, tls: &TlsFiles, conns: usize) -> Result<Client, HttpErr
     let config = match tls.load() {
         Ok(config) => config,
         // No certificate is looked at.
-        Err(_) if !url.is_encrypted() => TlsFiles::believe_nobody().map_err(unusable)?,
+        Err(_) if !url.is_encrypted() => TlsFiles::trust_nobody().map_err(unusable)?,
         Err(error) => return Err(unusable(error)),
     };
     let (idle, interval, probes) = KEEPALIVE;

@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use thiserror::Error;
 
 use super::codec::handshake::HandshakeError;
@@ -77,4 +78,12 @@ fn is_passing(errno: i32) -> bool {
         libc::EAGAIN,
     ]
     .contains(&errno)
+}
+
+/// Why encrypted bytes could not be taken.
+#[derive(Debug)]
+#[cfg_attr(not(feature = "network"), allow(dead_code, reason = "only TLS makes one"))]
+pub(super) enum TakeError {
+    Socket(Errno),
+    Tls(String),
 }

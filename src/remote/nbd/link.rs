@@ -19,8 +19,8 @@ use rustix::net::{
 
 use super::codec::export::Export;
 use super::codec::handshake::{Handshake, Progress};
-use super::error::NbdError;
-use super::tls::{TakeError, TlsSession, TlsSettings};
+use super::error::{NbdError, TakeError};
+use super::tls::{TlsSession, TlsSettings};
 use crate::program::stop::Stop;
 
 /// A peer that vanished without a word is found after 10 s + 3 probes of 5 s when nothing is sent,

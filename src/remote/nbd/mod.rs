@@ -27,6 +27,7 @@ mod server;
 mod state;
 #[cfg(test)]
 mod testing;
+#[cfg_attr(not(feature = "network"), path = "no_tls.rs")]
 mod tls;
 mod uri;
 

@@ -1,4 +1,4 @@
-//! TLS on a connection: whom to believe, and the bytes in between.
+//! TLS on a connection: whom to trust, and the bytes in between.
 //!
 //! The server's certificate must lead to a known authority and name the host; there is no way around
 //! that. Keys that both sides share beforehand (PSK) are not possible with this library.
@@ -10,13 +10,13 @@ use rustix::io::Errno;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection};
 
-use super::error::NbdError;
+use super::error::{NbdError, TakeError};
 use crate::remote::tls::TlsFiles;
 
 /// The most plaintext that is encrypted at a time: the socket takes about as much.
 const MAX_PLAINTEXT: usize = 256 << 10;
 
-/// Whom to believe, and who we are.
+/// Whom to trust, and who we are.
 #[derive(Clone, Debug)]
 pub(super) struct TlsSettings {
     config: Arc<ClientConfig>,
@@ -129,13 +129,6 @@ impl TlsSession {
             }
         }
     }
-}
-
-/// Why encrypted bytes could not be taken.
-#[derive(Debug)]
-pub(super) enum TakeError {
-    Socket(Errno),
-    Tls(String),
 }
 
 fn errno_of(error: &io::Error) -> Errno {

@@ -1,3 +1,4 @@
+#[cfg(feature = "network")]
 mod encrypted;
 mod exec;
 mod hostile;
