@@ -11,7 +11,7 @@ use clap::Args;
 
 use super::client::check_answers;
 use super::mount::current_dir;
-use super::plan::TrustArgs;
+use super::plan::{ServerArgs, TrustArgs};
 use super::table::{Align, Table};
 use super::{EXIT_OK, EXIT_UNHEALTHY, print, restore_sigpipe};
 use crate::config::{SourcePart, format_size};
@@ -34,12 +34,15 @@ pub(super) struct CheckArgs {
     #[arg(long)]
     repair: bool,
     #[command(flatten)]
+    servers: ServerArgs,
+    #[command(flatten)]
     trust: TrustArgs,
 }
 
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
     check_answers(&args.overlay)?;
     args.trust.allow(&current_dir()?)?;
+    args.servers.apply(&current_dir()?)?;
     let mode = if args.repair { CheckMode::Repair } else { CheckMode::Report };
     if mode == CheckMode::Report {
         restore_sigpipe();

@@ -12,7 +12,7 @@ use clap::Args;
 use super::client::{AskError, Endpoint};
 use super::long_request::LongRequest;
 use super::mount::current_dir;
-use super::plan::TrustArgs;
+use super::plan::{ServerArgs, TrustArgs};
 use super::progress::{ProgressDisplay, Verbosity};
 use super::request::ask_long;
 use super::{EXIT_OK, print_line};
@@ -36,6 +36,8 @@ pub(super) struct CommitArgs {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
+    servers: ServerArgs,
+    #[command(flatten)]
     trust: TrustArgs,
     #[command(flatten)]
     verbosity: Verbosity,
@@ -43,6 +45,7 @@ pub(super) struct CommitArgs {
 
 pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
     args.trust.allow(&current_dir()?)?;
+    args.servers.apply(&current_dir()?)?;
     // The mount table first: a call into a mount may hang with it.
     if let Some(place) = mounted_disk(&args.target)? {
         match place.disk_status() {

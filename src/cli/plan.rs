@@ -9,11 +9,12 @@ use clap::Args;
 
 use super::CliError;
 use super::client::check_answers;
-use crate::config::{self, CacheMode, Config, DiskSpec};
+use crate::config::{self, CacheMode, Config, DiskSpec, ServerSpec};
 use crate::confined::{self, FileAccess};
 use crate::host::file_system::{FsKind, HostFs};
 use crate::host::mountinfo;
 use crate::mount::{DaemonMode, MountPlan, OnChangedBase};
+use crate::remote;
 use crate::stream::context::StdioMode;
 use crate::trust;
 use crate::trusted_path;
@@ -48,6 +49,30 @@ fn trust_dirs(dirs: impl Iterator<Item = PathBuf>) -> anyhow::Result<Vec<PathBuf
     dirs.map(allow).collect()
 }
 
+/// The arguments on servers, for every command that opens bases.
+#[derive(Clone, Debug, Default, Args)]
+pub(super) struct ServerArgs {
+    /// Use the keys auth=, tls-ca=, tls-cert= and tls-key= for every image below ADDRESS that has none of
+    /// its own
+    #[arg(long = "server", value_name = "ADDRESS,KEY=VALUE")]
+    servers: Vec<OsString>,
+}
+
+impl ServerArgs {
+    /// Makes this process use the keys, and the daemon that it may become. Relative paths start at
+    /// `dir`.
+    ///
+    /// # Errors
+    /// A line for the user.
+    pub(super) fn apply(&self, dir: &Path) -> anyhow::Result<()> {
+        for text in &self.servers {
+            let server = ServerSpec::parse(text, dir);
+            remote::add_server(server.map_err(|error| CliError::usage(error.to_string()))?);
+        }
+        Ok(())
+    }
+}
+
 /// The arguments that `mount` and `run` have in common.
 #[derive(Clone, Debug, Default, Args)]
 pub(super) struct CommonArgs {
@@ -72,6 +97,8 @@ pub(super) struct CommonArgs {
     /// Use a base that changed under its overlay
     #[arg(long)]
     pub(super) force: bool,
+    #[command(flatten)]
+    pub(super) servers: ServerArgs,
     #[command(flatten)]
     pub(super) trust: TrustArgs,
 }
@@ -100,11 +127,13 @@ impl MountCommand {
     /// A usage error for invalid or missing arguments; the host's error for the configuration.
     pub(super) fn into_plan(self, dir: &Path) -> anyhow::Result<MountPlan> {
         self.common.trust.allow(dir)?;
+        self.common.servers.apply(dir)?;
         let (config_path, config) = match &self.common.config {
             Some(path) => (Some(path), read_config(path, dir)?),
             None => (None, Config::default()),
         };
         trust_dirs(config.trust.into_iter())?;
+        config.servers.into_iter().for_each(remote::add_server);
         let mut disks = config.disks;
         for text in &self.disks {
             disks.push(parse_disk_arg(text, dir)?);

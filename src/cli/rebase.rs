@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::client::check_answers;
 use super::mount::current_dir;
-use super::plan::TrustArgs;
+use super::plan::{ServerArgs, TrustArgs};
 use super::{EXIT_OK, print_line};
 use crate::config;
 use crate::offline::rebase::{OnMismatch, Rebased, rebase};
@@ -26,12 +26,15 @@ pub(super) struct RebaseArgs {
     #[arg(long, value_name = "DIR")]
     allow_backing: Vec<PathBuf>,
     #[command(flatten)]
+    servers: ServerArgs,
+    #[command(flatten)]
     trust: TrustArgs,
 }
 
 pub(super) fn run(args: &RebaseArgs) -> anyhow::Result<u8> {
     check_answers(&args.overlay)?;
     args.trust.allow(&current_dir()?)?;
+    args.servers.apply(&current_dir()?)?;
     let on_mismatch = if args.force { OnMismatch::Accept } else { OnMismatch::Refuse };
     let shown = args.overlay.display();
     let base = config::parse_base(&args.base, &current_dir()?)?;

@@ -73,7 +73,7 @@ fn split_name_prefix(text: &OsStr) -> (Option<&OsStr>, &OsStr) {
 }
 
 /// Splits at single commas. Two commas in a row, paired from the left, are one comma in the piece.
-fn split_commas(bytes: &[u8]) -> Vec<OsString> {
+pub(super) fn split_commas(bytes: &[u8]) -> Vec<OsString> {
     let mut pieces = Vec::new();
     let mut piece = Vec::new();
     let mut bytes = bytes.iter().copied().peekable();
@@ -130,7 +130,10 @@ pub(super) struct RawSpec {
 
 impl RawSpec {
     /// Creates a `RawSpec` from the source and the keys after it, with or without a value.
-    fn from_pieces(name: Option<&OsStr>, pieces: &[OsString]) -> Result<Self, SpecError> {
+    pub(super) fn from_pieces(
+        name: Option<&OsStr>,
+        pieces: &[OsString],
+    ) -> Result<Self, SpecError> {
         let (source, rest) =
             pieces.split_first().map_or((OsStr::new(""), pieces), |(first, rest)| (first, rest));
         let keys = rest.iter().map(|piece| split_key(piece)).collect::<Result<_, _>>()?;

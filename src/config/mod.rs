@@ -26,6 +26,7 @@ mod keys;
 mod options;
 mod raw_value;
 mod remote;
+mod server;
 mod size;
 mod stream;
 mod toml_file;
@@ -42,6 +43,7 @@ pub use error::SpecError;
 pub use options::{MountOptions, parse_mount_options};
 pub(crate) use remote::without_queries;
 pub use remote::{AuthSource, Protocol, RemoteAddress, RemoteSpec};
+pub use server::ServerSpec;
 pub use size::{MAX_SIZE, format_size, format_zeroed, is_block_size, parse_range, parse_size};
 pub use stream::{
     DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, Programs, SinkSpec, SourceSpec,

@@ -12,7 +12,7 @@ use super::error::{escaped, hint};
 use super::keys;
 use super::raw_value::{RawValue, absolute};
 use super::remote::without_query;
-use super::{CacheMode, DiskSpec, SpecError};
+use super::{CacheMode, DiskSpec, ServerSpec, SpecError};
 
 /// The contents of a TOML file. `None` or empty means that a key was not given.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub struct Config {
     pub allow_backing: Vec<PathBuf>,
     /// Directories that are trusted although another user can write to them; absolute.
     pub trust: Vec<PathBuf>,
+    /// The keys of servers.
+    pub servers: Vec<ServerSpec>,
     /// The cache mode of the mount.
     pub cache: Option<CacheMode>,
     /// The log file; absolute.
@@ -39,7 +41,7 @@ pub struct Config {
 
 /// Keys at the top of the file.
 const TOP_KEYS: &[&str] =
-    &["mountpoint", "store", "allow-backing", "trust", "cache", "log", "options", "disk"];
+    &["mountpoint", "store", "allow-backing", "trust", "server", "cache", "log", "options", "disk"];
 
 /// Parses a configuration. Relative paths are joined to `dir`, the directory of the file.
 ///
@@ -88,6 +90,11 @@ fn set_top_key(
         "cache" => config.cache = Some(string_value(key, value)?.to_string_lossy().parse()?),
         "allow-backing" => config.allow_backing = path_values(key, value, dir)?,
         "trust" => config.trust = path_values(key, value, dir)?,
+        "server" => {
+            let servers = string_values(key, value)?;
+            let servers = servers.iter().map(|text| ServerSpec::parse(text, dir));
+            config.servers = servers.collect::<Result<_, _>>()?;
+        }
         "options" => config.options = option_list(value)?,
         _ if keys::is_key(key) || matches!(key, "name" | "source") => {
             return Err(SpecError::key(key, "is a disk's key: write it under [[disk]]"));

@@ -28,6 +28,7 @@ mod open;
 mod plan;
 mod samples;
 mod served;
+mod servers;
 mod tls;
 mod transport;
 mod waited_extents;
@@ -44,6 +45,7 @@ pub(crate) use self::nbd::{IMAGE_PATH, Jail, SHELL, ServerProgram};
 pub use self::open::{open, open_writable};
 pub(crate) use self::open::{serve, set_io_timeout};
 pub(crate) use self::served::ServedImage;
+pub use self::servers::add_server;
 pub use self::writable::RemoteDisk;
 
 /// Why a build without the feature `network` cannot open an image.

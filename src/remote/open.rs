@@ -20,6 +20,7 @@ use super::image::RemoteImage;
 use super::nbd::{Access, NbdClient, NbdOptions, NbdTarget, ServerProgram};
 use super::samples::{check_identity, identity_of};
 use super::served::ServedImage;
+use super::servers::with_server_keys;
 use super::tls::TlsFiles;
 use super::transport::{Transport, WritableTransport};
 use super::writer_guard::{WriterGuard, check_not_written, place_of};
@@ -215,6 +216,7 @@ fn open_http(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
 
 #[cfg(feature = "network")]
 fn open_http(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
+    let spec = &with_server_keys(spec);
     let address = &spec.address;
     let (io_timeout, open_timeout) = timeouts();
     let options = HttpOptions {
@@ -261,6 +263,7 @@ pub(crate) fn serve(program: ServerProgram, shown: &str) -> Result<ServedImage, 
 }
 
 fn connect_nbd(spec: &RemoteSpec, access: Access) -> Result<NbdClient, RemoteError> {
+    let spec = &with_server_keys(spec);
     let address = &spec.address;
     let target = NbdTarget::parse(OsStr::new(address.as_str())).map_err(|error| {
         RemoteError::Address { address: address.clone(), why: error.to_string() }

@@ -431,6 +431,43 @@ fn an_encrypted_server_is_believed_by_its_certificate_alone() {
 }
 
 #[test]
+fn the_keys_of_a_server_are_for_every_command_and_every_disk_of_a_store() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 2 * MIB);
+    certify(&lab, "IP:127.0.0.1", "-days 9");
+    let nginx = Nginx::with_tls(&lab);
+    let (url, host) = (nginx.tls_url("/known/base.img"), nginx.tls_url("/"));
+    let keys = "tls-ca=ca.pem,tls-cert=client.pem,tls-key=client.key";
+    let server = format!("--server {host},{keys}");
+    lab.mount(&format!("{server} --store store vm={url},overlay=store"));
+    lab.ok("clone m/vm m/copy");
+    lab.sh("echo changed | dd of=m/copy conv=notrunc status=none; cp m/copy copy.img");
+    lab.umount();
+    // Without the keys, the disks are not mounted, and the check says why.
+    let line = lab.refused(1, "mount m --store store");
+    assert!(line.contains("TLS"), "{line}");
+    let checked = lab.cowslip("check store");
+    assert!(!checked.status.success(), "{}", show(&checked));
+    assert!(lab.ok(&format!("check {server} store")).contains(&url));
+    lab.sh(&format!(
+        "printf 'mountpoint = \"m\"\\nstore = \"store\"\\nserver = [\"{host},{keys}\"]\\n' >vm.toml"
+    ));
+    lab.ok("mount --config vm.toml");
+    lab.sh("cmp base.img m/vm; cmp copy.img m/copy");
+    lab.umount();
+    lab.ok(&format!("rebase {server} store/names/vm --base base.img"));
+    lab.ok(&format!("rebase {server} store/names/vm --base {url}"));
+    // Keys for another host are kept from this one, and a disk's own keys count alone.
+    let other = host.replace("127.0.0.1", "127.0.0.2");
+    let line = lab.refused(1, &format!("mount m --store store --server {other},{keys}"));
+    assert!(line.contains("TLS"), "{line}");
+    let line = lab.refused(1, &format!("mount m {server} vm={url},mode=ro,tls-ca=ca.pem"));
+    assert!(line.contains("403 Forbidden"), "{line}");
+    let line = lab.refused(2, &format!("mount m --server {host}?s3cret,{keys} vm={url},mode=ro"));
+    assert!(line.contains("is no beginning of addresses") && !line.contains("s3cret"), "{line}");
+}
+
+#[test]
 fn a_certificate_that_has_expired_is_refused() {
     let lab = Lab::new();
     lab.file_with_holes("base.img", MIB);
