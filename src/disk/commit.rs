@@ -56,7 +56,7 @@ impl Disk {
         is_gone: &dyn Fn() -> bool,
     ) -> Result<CommitSummary, OperationError> {
         self.wait_for_readers(is_gone);
-        self.wait_for_merge();
+        self.wait_for_merge()?;
         let operation = self.operations.begin("a commit")?;
         let overlay = self.committable_overlay()?;
         self.check_writers(force)?;
@@ -114,16 +114,23 @@ impl Disk {
     }
 
     /// Waits for layers that are still being merged after their snapshots were deleted.
-    fn wait_for_merge(&self) {
+    ///
+    /// # Errors
+    /// [`OperationError::NoRoomToMerge`].
+    fn wait_for_merge(&self) -> Result<(), OperationError> {
         let until = Instant::now() + MERGE_TIMEOUT;
         while self.is_mergeable() && !self.is_latched() && Instant::now() < until {
-            if let Err(error) = self.merge_layers() {
-                // The commit itself reports what this means for it.
-                log::warn!("{}: layers are not merged: {error}", self.source);
-                return;
+            match self.merge_layers() {
+                Err(error @ OperationError::NoRoomToMerge { .. }) => return Err(error),
+                Err(error) => {
+                    // The commit itself reports what this means for it.
+                    log::warn!("{}: layers are not merged: {error}", self.source);
+                    return Ok(());
+                }
+                Ok(()) => thread::sleep(POLL_INTERVAL),
             }
-            thread::sleep(POLL_INTERVAL);
         }
+        Ok(())
     }
 
     /// Returns the overlay if it can be committed.

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::config::format_size;
+use crate::host::is_out_of_space;
 use crate::overlay::error::OverlayError;
 use crate::overlay::reflink::ReflinkError;
 
@@ -55,6 +57,18 @@ pub enum OperationError {
     /// The reflink overlay failed.
     #[error("it {0}")]
     Reflink(ReflinkError),
+    /// The host has no room for a copy of layers.
+    #[error(
+        "its layers are not merged for lack of space: a copy takes {}, and {} are free",
+        format_size(*needed),
+        format_size(*free)
+    )]
+    NoRoomToMerge {
+        /// Bytes that the copy takes.
+        needed: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
     /// The host failed.
     #[error("{what}: {error}")]
     Io {
@@ -79,6 +93,18 @@ impl From<ReflinkError> for OperationError {
 }
 
 impl OperationError {
+    /// Whether the host, or a quota on it, is full.
+    #[must_use]
+    pub fn is_out_of_space(&self) -> bool {
+        match self {
+            Self::NoRoomToMerge { .. } => true,
+            Self::Io { error, .. } | Self::Overlay(OverlayError::Io { error, .. }) => {
+                is_out_of_space(error)
+            }
+            _ => false,
+        }
+    }
+
     /// Turns a host's error into an [`OperationError`] that names the failed action.
     pub(super) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |error| match error.raw_os_error() {

@@ -155,6 +155,16 @@ impl OverlayLocation {
         self.dir.lock().as_ref().map(|dir| dir.path.clone())
     }
 
+    /// The path of the directory in which the layers' files are.
+    pub(super) fn files_dir(&self) -> Option<PathBuf> {
+        match &*self.lock() {
+            OverlayFiles::NoOverlay => return None,
+            OverlayFiles::Temporary { dir, .. } => return Some(dir.clone()),
+            OverlayFiles::Persistent(_) => {}
+        }
+        self.path()
+    }
+
     /// The state of the directory, whose data file is `data`; `None` without a directory.
     pub(super) fn dir_state(&self, data: impl FnOnce() -> Option<File>) -> Option<OverlayDirState> {
         let (path, identity) = {

@@ -47,11 +47,16 @@ pub(super) fn tick(shared: &Arc<FsContext>, stop: &AtomicBool) {
         }
         seconds = 0;
         for disk in disks {
-            if disk.needs_merge() {
+            if disk.is_merge_due() {
                 let target = Arc::clone(&disk);
                 let merge = move || {
-                    if let Err(error) = target.merge_layers() {
-                        log::warn!("{}: layers are not merged: {error}", target.source);
+                    match target.merge_layers() {
+                        // The disk has told it.
+                        Err(error) if error.is_out_of_space() => {}
+                        Err(error) => {
+                            log::warn!("{}: layers are not merged: {error}", target.source);
+                        }
+                        Ok(()) => {}
                     }
                 };
                 let thread = thread::Builder::new().name("cowslip-tidy".to_owned());

@@ -295,6 +295,46 @@ fn snapshot_keeps_mode_and_mtime_of_the_disk() {
 }
 
 #[test]
+fn layers_that_have_no_room_to_be_merged_wait_without_growing() {
+    let lab = Lab::new();
+    lab.host("host", "ext4", 80 * MIB);
+    lab.sh("truncate -s 80M base.img; head -c 30M /dev/urandom >host/ballast; sync host/ballast");
+    lab.mount("d=base.img,overlay=host/ov");
+    let file = lab.open("m/d");
+    file.write_all_at(&noise(30 * MIB, 1), 0).unwrap();
+    file.sync_all().unwrap();
+    // Every send seals the changes, which are to be merged when it ends.
+    lab.sh(&format!("{COWSLIP} send m/d >sent"));
+    file.write_all_at(&noise(64 * KIB, 2), 4 * MIB).unwrap();
+    file.sync_all().unwrap();
+    lab.sh(&format!("{COWSLIP} send m/d >sent"));
+    let held = layers(&lab, "host/ov");
+    assert!(held > 1, "{held}");
+    let free = || lab.sh("df --output=avail host | tail -1").trim().parse::<u64>().unwrap();
+    let before = free();
+    wait_until("the lack of space is told", || !lab.disk("d")["warning"].is_null());
+    for round in 0..8 {
+        file.write_all_at(&noise(4096, round), (20 + round) * MIB).unwrap();
+        // The merge is tried again at once, since the commit wants it.
+        let line = lab.refused(1, "commit m/d");
+        assert!(line.contains("are not merged for lack of space"), "{line}");
+    }
+    assert!(layers(&lab, "host/ov") <= held, "{} layers, {held} before", layers(&lab, "host/ov"));
+    assert!(free() + 2048 > before, "{} of {before} KiB are free", free());
+    let warning = lab.disk("d")["warning"].to_string();
+    assert!(warning.contains("the merging of layers failed"), "{warning}");
+    // With room the merge is done, and the commit after it.
+    let image = all(&lab, "m/d");
+    lab.sh("rm host/ballast");
+    drop(file);
+    lab.ok("commit m/d");
+    assert_eq!(layers(&lab, "host/ov"), 1);
+    assert!(all(&lab, "base.img") == image);
+    lab.umount();
+    lab.sh("umount host");
+}
+
+#[test]
 fn deleting_a_snapshot_changes_no_byte_and_removes_its_layer() {
     let lab = lab();
     let file = lab.open("m/d");

@@ -15,7 +15,6 @@ use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -165,7 +164,7 @@ impl Disk {
             None => self.freeze_top()?,
         };
         // Once the files are closed, the layer that was sealed for them may be merged with the top.
-        self.history.needs_merge.store(true, Ordering::SeqCst);
+        self.history.merges.want();
         let tree = self.tree("differences")?;
         let chain = self.open_chain(&tree, layer)?;
         let bottom = self.layers().bottom.clone();

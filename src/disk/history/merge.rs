@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use uuid::Uuid;
 
@@ -11,6 +11,7 @@ use super::new_layer::NewLayer;
 use crate::disk::Disk;
 use crate::disk::operation::Operation;
 use crate::disk::operation_error::OperationError;
+use crate::host::file_system::probe_features;
 use crate::layer::{Layer, WritableLayer};
 use crate::overlay::Overlay;
 use crate::overlay::record::LayerMap;
@@ -20,7 +21,9 @@ use crate::overlay::tree::LayerTree;
 /// The most bytes of the top that are merged while all writers wait: 16 MiB.
 const MAX_FINAL_MERGE: u64 = 16 << 20;
 /// How often the top is sealed and merged before the rest is merged with writers waiting.
-const MAX_SEAL_ROUNDS: u32 = 4;
+const MAX_SEAL_ROUNDS: u32 = 5;
+/// A layer is much larger than those above it when it has more than this many times their data.
+const MUCH_LARGER: u64 = 4;
 
 /// The outcome of a merge.
 enum MergeOutcome {
@@ -52,10 +55,16 @@ impl Disk {
         is_nameless && !self.operations.is_ending() && matches!(self.find_mergeable(), Ok(Some(_)))
     }
 
-    /// Whether `merge_layers` has work to do.
+    /// Whether `merge_layers` has work to do, at once or later.
     #[must_use]
     pub fn needs_merge(&self) -> bool {
-        self.history.needs_merge.load(Ordering::SeqCst)
+        self.history.merges.is_wanted()
+    }
+
+    /// Whether `merge_layers` is to be called now.
+    #[must_use]
+    pub fn is_merge_due(&self) -> bool {
+        self.history.merges.is_due(Instant::now())
             && self.operations.running().is_none()
             && self.history.diff_files.lock().is_empty()
             && !self.is_latched()
@@ -67,12 +76,21 @@ impl Disk {
     /// # Errors
     /// [`OperationError`]; the disk reads the same in any case.
     pub fn merge_layers(&self) -> Result<(), OperationError> {
-        self.history.needs_merge.store(false, Ordering::SeqCst);
-        let done = self.merge_all();
-        if !matches!(done, Ok(MergeOutcome::Complete)) {
-            self.history.needs_merge.store(true, Ordering::SeqCst);
+        self.history.merges.forget();
+        match self.merge_all() {
+            Ok(MergeOutcome::Complete) => Ok(()),
+            Ok(MergeOutcome::Interrupted) => {
+                self.history.merges.interrupted();
+                Ok(())
+            }
+            Err(error) => {
+                self.history.merges.failed(Instant::now());
+                if error.is_out_of_space() {
+                    self.note_unmerged(&error);
+                }
+                Err(error)
+            }
         }
-        done.map(|_| ())
     }
 
     fn merge_all(&self) -> Result<MergeOutcome, OperationError> {
@@ -91,6 +109,7 @@ impl Disk {
                 // Data of a latched disk may read back differently from what was written.
                 return Ok(MergeOutcome::Interrupted);
             }
+            let (lower, upper) = self.first_run(&tree, lower, upper)?;
             let done = match tree.top() {
                 Some(top) if top.uuid == upper => self.merge_into_top(&operation, lower),
                 _ => self.merge_sealed(&operation, lower, upper),
@@ -104,6 +123,49 @@ impl Disk {
         }
     }
 
+    /// Returns the lowest and the highest layer that are merged first of the chain from `upper` down to
+    /// `lower`: all of it, or what lies above a `lower` that is much larger. So a merge that new snapshots
+    /// interrupt again and again does not leave more and more layers.
+    fn first_run(
+        &self,
+        tree: &LayerTree,
+        lower: Uuid,
+        upper: Uuid,
+    ) -> Result<(Uuid, Uuid), OperationError> {
+        let top = tree.top().map(|top| top.uuid);
+        let chain = tree.chain(upper);
+        let chain = chain.iter().map(|layer| layer.uuid).filter(|uuid| Some(*uuid) != top);
+        let mut sealed: Vec<Uuid> = chain.take_while(|uuid| *uuid != lower).collect();
+        let (Some(highest), Some(lowest)) = (sealed.first().copied(), sealed.last().copied())
+        else {
+            return Ok((lower, upper));
+        };
+        sealed.push(lower);
+        let layers = self.open_chain(tree, highest)?;
+        let mut data = layers.iter().take(sealed.len()).map(|layer| layer.usage().data).rev();
+        let is_much_larger = data.next().unwrap_or(0) / MUCH_LARGER > data.sum();
+        match is_much_larger && lowest != highest {
+            true => Ok((lowest, highest)),
+            false => Ok((lower, upper)),
+        }
+    }
+
+    /// Refuses to merge `both` where the host has no room for a copy of them and of `more` bytes.
+    fn check_room(&self, both: &Sealed, more: u64) -> Result<(), OperationError> {
+        let needed = both.visible_usage().iter().map(|usage| usage.data).sum::<u64>() + more;
+        let Ok(space) = self.space() else { return Ok(()) };
+        if needed <= space.available || self.shares_blocks() {
+            return Ok(());
+        }
+        Err(OperationError::NoRoomToMerge { needed, free: space.available })
+    }
+
+    /// Whether the host shares the blocks of copies in the overlay's directory.
+    fn shares_blocks(&self) -> bool {
+        let dir = self.overlay_location.files_dir();
+        dir.and_then(|dir| probe_features(&dir).ok()).is_some_and(|found| found.reflink)
+    }
+
     /// Merges `lower` and `upper`, the only layer based on it, into one sealed layer.
     fn merge_sealed(
         &self,
@@ -113,6 +175,7 @@ impl Disk {
     ) -> Result<(), OperationError> {
         let tree = self.tree("layers")?;
         let both = self.open_pair(&tree, lower, upper)?;
+        self.check_room(&both, 0)?;
         let new = self.build_merged(&tree, lower, &both, operation)?;
         let (uuid, layer) = (new.uuid, Arc::new(new.overlay));
         let layer_cache = self.history.layer_cache();
@@ -193,15 +256,16 @@ impl Disk {
         Ok(new)
     }
 
-    /// Merges the top into `lower`, on which only the top is based. The top is sealed and merged
-    /// while writers continue, until the rest is small enough to merge while they wait.
+    /// Merges the top and the layers below it into `lower`. The sealed layers are merged first, and the
+    /// top is sealed only after that: an attempt that fails must not leave one layer more. Then the top is
+    /// sealed and merged while writers continue, until the rest is small enough to merge while they wait.
     fn merge_into_top(&self, operation: &Operation<'_>, lower: Uuid) -> Result<(), OperationError> {
-        self.seal(None)?;
         let tree = self.tree("layers")?;
-        let parent = |tree: &LayerTree| tree.top().and_then(|top| top.parent);
-        let sealed = parent(&tree).ok_or(OperationError::NoOverlay("layers"))?;
-        let new =
-            self.build_merged(&tree, lower, &self.open_pair(&tree, lower, sealed)?, operation)?;
+        let sealed = tree.top().and_then(|top| top.parent);
+        let sealed = sealed.ok_or(OperationError::NoOverlay("layers"))?;
+        let both = self.open_pair(&tree, lower, sealed)?;
+        self.check_room(&both, self.overlay().map_or(0, |top| top.usage().data))?;
+        let new = self.build_merged(&tree, lower, &both, operation)?;
         let uuid = new.uuid;
         self.finish_top_merge(operation, lower, new).inspect_err(|_| self.remove_layer(uuid))
     }
@@ -260,7 +324,7 @@ impl Disk {
     pub fn note_mergeable(&self, shared: &HashSet<Uuid>) {
         let tree = self.overlay_location.tree();
         if tree.is_some_and(|tree| tree.mergeable(|layer| shared.contains(&layer)).is_some()) {
-            self.history.needs_merge.store(true, Ordering::SeqCst);
+            self.history.merges.want();
         }
     }
 }
@@ -268,7 +332,8 @@ impl Disk {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-    use std::time::{Duration, Instant};
+    use std::sync::atomic::Ordering;
+    use std::time::Duration;
 
     use parking_lot::Mutex;
 
@@ -283,6 +348,30 @@ mod tests {
         spec.overlay = Some(dir.to_owned());
         let context = OpenContext::unmounted();
         open(&spec, &context).map_err(|error| error.to_string()).unwrap().disk
+    }
+
+    #[test]
+    fn small_layers_are_merged_with_each_other_before_a_much_larger_one() {
+        let room = tempfile::tempdir().unwrap();
+        let disk = disk(&room.path().join("ov"));
+        let mut layers = Vec::new();
+        for (blocks, at) in [(40, 0), (3, 1), (2, 2), (1, 3)] {
+            disk.write(&vec![7; blocks * 4096], at * 8192, Wait::Yes).unwrap();
+            layers.push(disk.tree("layers").unwrap().top().unwrap().uuid);
+            disk.seal(None).unwrap();
+        }
+        let tree = disk.tree("layers").unwrap();
+        let top = tree.top().unwrap().uuid;
+        let first = |lower, upper| disk.first_run(&tree, lower, upper).unwrap();
+        assert_eq!(first(layers[0], top), (layers[1], layers[3]));
+        assert_eq!(first(layers[0], layers[2]), (layers[1], layers[2]));
+        // One layer, or layers of about the same size.
+        assert_eq!(first(layers[0], layers[1]), (layers[0], layers[1]));
+        assert_eq!(first(layers[1], top), (layers[1], top));
+        assert_eq!(first(layers[3], top), (layers[3], top));
+        disk.merge_layers().unwrap();
+        assert_eq!(disk.layer_usages().len(), 1);
+        assert!(!disk.needs_merge());
     }
 
     #[test]

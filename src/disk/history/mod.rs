@@ -6,11 +6,11 @@
 
 mod diff;
 mod merge;
+mod merge_schedule;
 mod new_layer;
 mod snapshots;
 mod state;
 
-use std::sync::atomic::Ordering;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use uuid::Uuid;
@@ -174,7 +174,7 @@ impl Disk {
             file.mark_unlinked();
         }
         self.drop_unused_layers(&tree, &next);
-        self.history.needs_merge.store(true, Ordering::SeqCst);
+        self.history.merges.want();
         Ok(())
     }
 

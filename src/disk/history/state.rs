@@ -3,12 +3,12 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::diff::DiffFile;
+use super::merge_schedule::MergeSchedule;
 use crate::config::Locking;
 use crate::disk::Disk;
 use crate::log_throttle::LogThrottle;
@@ -30,8 +30,8 @@ pub(in crate::disk) struct ResetSizes {
 
 /// A disk's open sealed layers, the files of its snapshots, and what a new top needs to know.
 pub(in crate::disk) struct History {
-    /// Set while there may be layers to merge.
-    pub(super) needs_merge: AtomicBool,
+    /// When layers are merged.
+    pub(super) merges: MergeSchedule,
     /// The open sealed layers of this disk, including those it does not read through.
     pub(super) sealed: Mutex<HashMap<Uuid, Arc<Overlay>>>,
     /// The sealed layers open in this process.
@@ -58,7 +58,7 @@ impl History {
     /// Creates the state of a disk whose layers may hold `limit` bytes together.
     pub(in crate::disk) fn new(reset_sizes: ResetSizes, limit: Option<u64>) -> Self {
         Self {
-            needs_merge: AtomicBool::new(true),
+            merges: MergeSchedule::wanted(),
             sealed: Mutex::default(),
             layer_cache: Mutex::default(),
             layer_users: Mutex::default(),
@@ -105,7 +105,7 @@ impl Disk {
     /// Makes the disk one of a store, whose sealed layers other disks may share.
     pub fn share_layers(&self, layer_cache: &Arc<LayerCache>, others: LayerUsers) {
         // Other disks' layers are determined when something was deleted, not at every mount.
-        self.history.needs_merge.store(false, Ordering::SeqCst);
+        self.history.merges.forget();
         *self.history.layer_cache.lock() = Arc::clone(layer_cache);
         *self.history.layer_users.lock() = Some(others);
     }
