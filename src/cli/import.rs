@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::Args;
 
+use super::cleanup::Interruptible;
 use super::client::check_answers;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
-use super::{EXIT_OK, cleanup, print_line};
+use super::{EXIT_OK, print_line};
 use crate::config::{Format, format_size, format_zeroed};
 use crate::offline::import::{Import, Imported};
 
@@ -35,9 +36,10 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     let image = here.join(&args.image);
     let import = Import::prepare(&image, &here.join(&args.overlay), allow_backing)?;
     let shown = args.overlay.display();
-    cleanup::remove_on_signal(import.part().to_owned())
-        .with_context(|| format!("overlay '{shown}'"))?;
-    let Imported { base, size, changes } = import.run()?;
+    let work = Interruptible::begin().with_context(|| format!("overlay '{shown}'"))?;
+    let imported = import.run(&|| work.is_interrupted(), &|| work.begin_naming());
+    work.end();
+    let Imported { base, size, changes } = imported?;
     let mount = match base {
         Some((path, Format::Raw)) => format!("NAME={},overlay={shown}", path.display()),
         Some((path, format)) => format!("NAME={},format={format},overlay={shown}", path.display()),

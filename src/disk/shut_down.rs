@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use super::Disk;
 use super::layers::{LayerStack, Top};
+use super::overlay_location::OverlayDirState;
 use crate::host::os_error;
 use crate::overlay::Overlay;
 use crate::overlay::recover::Recovered;
@@ -62,9 +63,11 @@ impl Disk {
         self.remove_new_overlay();
     }
 
-    /// Removes the overlay of a disk that is closed, or could not be, if it was created for the disk.
+    /// Removes the overlay of a disk that is closed, or could not be, if it was created for the disk and
+    /// its path still leads to it.
     pub(crate) fn remove_new_overlay(&self) {
         if self.recovered == Recovered::New
+            && self.overlay_dir_state() == Some(OverlayDirState::InPlace)
             && let Some(dir) = self.overlay_dir()
             && let Err(error) = std::fs::remove_dir_all(&dir)
         {

@@ -12,9 +12,9 @@ use rustix::io::Errno;
 use super::{CLOSE_TIMEOUT, OfflineError};
 use crate::base::qcow2::{self, TopImage};
 use crate::config::{DiskSource, DiskSpec, Format};
-use crate::disk::{self, Disk, FallocateMode, OpenContext, SizeMode};
+use crate::disk::{self, Disk, FallocateMode, OpenContext, OverlayDirState, SizeMode};
 use crate::extents::ExtentKind;
-use crate::host::{COPY_CHUNK, sync_parent_dir};
+use crate::host::{COPY_CHUNK, os_error, sync_parent_dir};
 use crate::layer::{Layer, Wait};
 use crate::overlay::{Usage, persist};
 use crate::part_file::part_path;
@@ -65,19 +65,17 @@ impl Import {
         Ok(Self { image, allow_backing, dir, part })
     }
 
-    /// Path of the overlay until it is complete. Whoever ends this process before
-    /// [`run`](Self::run) returns has to remove the directory.
-    #[must_use]
-    pub(crate) fn part(&self) -> &Path {
-        &self.part
-    }
-
-    /// Creates the overlay.
+    /// Creates the overlay. `is_interrupted` is asked again and again until the overlay is complete;
+    /// `begin_naming` is asked once, before the overlay gets its name.
     ///
     /// # Errors
-    /// [`OfflineError`]; nothing is left behind, unless only the last sync of the directory fails: the
-    /// overlay has its name then.
-    pub(crate) fn run(self) -> Result<Imported, OfflineError> {
+    /// [`OfflineError`], with `EINTR` when one of both says so; nothing is left behind, unless only the
+    /// last sync of the directory fails: the overlay has its name then.
+    pub(crate) fn run(
+        self,
+        is_interrupted: &dyn Fn() -> bool,
+        begin_naming: &dyn Fn() -> bool,
+    ) -> Result<Imported, OfflineError> {
         let failed = || OfflineError::host(format!("overlay '{}'", self.dir.display()));
         let size = self.image.image.size();
         let base = self.image.backing.as_ref();
@@ -96,7 +94,7 @@ impl Import {
             Some((path, _)) if disk.base_path().as_ref() != Some(path) => Err(io::Error::other(
                 format!("'{}' changed its place meanwhile: try again", path.display()),
             )),
-            _ => copy_changes(&disk, self.image.image.as_ref()),
+            _ => copy_changes(&disk, self.image.image.as_ref(), is_interrupted),
         };
         let changes = match copied {
             Ok(changes) => changes,
@@ -106,7 +104,16 @@ impl Import {
                 return Err(failed()(error));
             }
         };
-        let named = disk.close(CLOSE_TIMEOUT).and_then(|()| rename_new(&self.part, &self.dir));
+        let named = disk.close(CLOSE_TIMEOUT).and_then(|()| {
+            if disk.overlay_dir_state() != Some(OverlayDirState::InPlace) {
+                let part = self.part.display();
+                return Err(io::Error::other(format!("'{part}' was moved or replaced meanwhile")));
+            }
+            if !begin_naming() {
+                return Err(os_error(libc::EINTR));
+            }
+            rename_new(&self.part, &self.dir)
+        });
         if let Err(error) = named {
             // It was closed, or cannot be closed any better.
             disk.remove_new_overlay();
@@ -126,13 +133,21 @@ fn rename_new(part: &Path, dir: &Path) -> io::Result<()> {
     }
 }
 
-/// Copies the changes in `image` itself to `disk`, and returns the number of bytes.
-fn copy_changes(disk: &Disk, image: &dyn Layer) -> io::Result<Usage> {
+/// Copies the changes in `image` itself to `disk`, and returns the number of bytes; `EINTR` when
+/// `is_interrupted` says so.
+fn copy_changes(
+    disk: &Disk,
+    image: &dyn Layer,
+    is_interrupted: &dyn Fn() -> bool,
+) -> io::Result<Usage> {
     let size = image.size();
     disk.set_size(size, Wait::Yes)?;
     let mut buf = vec![0; COPY_CHUNK];
     let (mut at, mut copied) = (0, Usage { data: 0, zero: 0 });
     while at < size {
+        if is_interrupted() {
+            return Err(os_error(libc::EINTR));
+        }
         let mut found = image.extent_at(at..size, Wait::Yes)?;
         if found.kind == ExtentKind::Data {
             let len = usize::try_from(found.len()).map_or(COPY_CHUNK, |len| len.min(COPY_CHUNK));

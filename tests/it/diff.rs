@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use crate::common::mount::*;
 use crate::common::strace;
 use rustix::fs::FallocateFlags;
+use rustix::process::{Pid, Signal};
 
 const SIZE: u64 = 16 * MIB;
 
@@ -360,6 +362,47 @@ fn interrupted_diff_map_and_import_leave_nothing_behind() {
     lab.sh("rm -r new.part");
     lab.ok("import in.qcow2 --overlay new/");
     assert!(lab.path("new").exists() && !lab.path("new.part").exists());
+}
+
+#[test]
+fn import_ended_by_a_signal_at_any_time_is_whole_or_not_there() {
+    let lab = Lab::new();
+    lab.sh("truncate -s 4M base.raw; qemu-img create -q -f qcow2 -b base.raw -F raw top.qcow2");
+    lab.sh("for at in $(seq 0 20); do echo write -P 7 $((at * 128))k 64k; done | qemu-io top.qcow2 >/dev/null");
+    let import = || {
+        let mut command = lab.command(COWSLIP);
+        command.args(["import", "top.qcow2", "--overlay", "new"]).stdout(Stdio::null());
+        command.stderr(Stdio::null());
+        Running(command.spawn().unwrap())
+    };
+    let start = Instant::now();
+    assert!(import().0.wait().unwrap().success());
+    let whole = start.elapsed();
+    lab.sh("rm -r new; qemu-img convert -O raw top.qcow2 whole");
+    let (mut done, mut ended) = (0, 0);
+    for round in 0..90 {
+        let mut running = import();
+        // The last moments most of all: the overlay is closed and gets its name.
+        thread::sleep(whole.mul_f64(0.3 + 0.9 * f64::from(round) / 90.0));
+        let pid = Pid::from_child(&running.0);
+        let _ = rustix::process::kill_process(pid, Signal::TERM);
+        let status = running.0.wait().unwrap();
+        assert!(!lab.path("new.part").exists(), "round {round}: {status}");
+        // A signal that comes when all is done ends the command, too.
+        let is_there = lab.path("new").exists();
+        assert!(is_there || status.signal() == Some(libc::SIGTERM), "round {round}: {status}");
+        if !is_there {
+            ended += 1;
+            continue;
+        }
+        done += 1;
+        lab.ok("check new");
+        lab.mount("d=base.raw,overlay=new");
+        lab.sh("cmp m/d whole");
+        lab.umount();
+        lab.sh("rm -r new");
+    }
+    assert!(done > 0 && ended > 0, "{done} done, {ended} ended");
 }
 
 #[test]
