@@ -1,7 +1,8 @@
 //! The files of a program that is locked in (landlock(7)).
 //!
 //! A rule belongs to the file that a descriptor leads to, whatever name it has later. What a kernel
-//! does not know yet is left out: sockets and signals are forbidden by the filter as well.
+//! does not know yet is left out: sockets, signals, requests to devices and what empties a file are
+//! forbidden by the filter as well.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};

@@ -13,12 +13,13 @@
 //! | rule | what it takes away |
 //! |---|---|
 //! | Landlock (`landlock.rs`) | every file but those that were named; TCP; signals and abstract sockets of others |
-//! | seccomp (`seccomp.rs`) | sockets, processes, changes of owners, modes and attributes, and what only the kernel's administrator needs |
+//! | seccomp (`seccomp.rs`, `calls.rs`) | sockets, processes, changes of owners, modes and attributes, requests to files, and what only the kernel's administrator needs |
 //! | capabilities | all but reading files of other users, which root needs to open what it may open |
 //! | limits | memory, time, and any byte written to a file |
 //!
 //! A kernel without Landlock or seccomp is refused: nothing is run there.
 
+mod calls;
 mod landlock;
 mod seccomp;
 

@@ -2,11 +2,18 @@
 //!
 //! Landlock says nothing of sockets other than TCP, of modes, owners, times and attributes of files,
 //! of other processes, and of what the kernel does for its administrator. The filter refuses these
-//! with `EPERM`; a program finds that as it finds any other refusal.
+//! with `EPERM`; a program finds that as it finds any other refusal. Which calls these are is said in
+//! [`calls`](super::calls).
+//!
+//! The kernel gives the filter arguments of 64 bits, and the calls whose arguments are looked at take
+//! 32 of them: numbers of requests and commands, and flags that lie in the lower half. So the lower half
+//! is compared alone, and bits above it make no other call of one that is refused.
 
 use std::io;
 
-use libc::{BPF_ABS, BPF_ALU, BPF_AND, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
+use libc::{BPF_ABS, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W};
+
+use super::calls::{DESCRIPTOR_COMMANDS, REFUSED, REFUSED_OLD, REQUESTS};
 
 /// The architecture by which the kernel numbers the calls of this process (`linux/audit.h`); `None`
 /// for one whose numbers nobody has looked at.
@@ -26,148 +33,8 @@ const FIRST_X32: u32 = 0x4000_0000;
 /// Places in `struct seccomp_data` (`linux/seccomp.h`).
 const NUMBER_AT: u32 = 0;
 const ARCH_AT: u32 = 4;
-/// The lower half of the first argument: all of these architectures are little-endian.
-const FIRST_ARGUMENT_AT: u32 = 16;
-
-/// Calls that are refused. Those that one architecture lacks are in [`REFUSED_OLD`].
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
-const REFUSED: &[libc::c_long] = &[
-    // Sockets: the program has those that it inherits. io_uring makes them past the filter.
-    libc::SYS_socket,
-    libc::SYS_connect,
-    libc::SYS_bind,
-    libc::SYS_io_uring_setup,
-    libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
-    // Other processes.
-    libc::SYS_ptrace,
-    libc::SYS_process_vm_readv,
-    libc::SYS_process_vm_writev,
-    libc::SYS_process_madvise,
-    libc::SYS_pidfd_open,
-    libc::SYS_pidfd_getfd,
-    libc::SYS_pidfd_send_signal,
-    libc::SYS_kcmp,
-    libc::SYS_kill,
-    libc::SYS_tkill,
-    libc::SYS_tgkill,
-    libc::SYS_rt_sigqueueinfo,
-    libc::SYS_rt_tgsigqueueinfo,
-    libc::SYS_setpgid,
-    libc::SYS_setsid,
-    libc::SYS_setpriority,
-    libc::SYS_ioprio_set,
-    libc::SYS_sched_setaffinity,
-    libc::SYS_sched_setattr,
-    libc::SYS_sched_setparam,
-    libc::SYS_sched_setscheduler,
-    libc::SYS_migrate_pages,
-    libc::SYS_move_pages,
-    libc::SYS_shmget,
-    libc::SYS_shmat,
-    libc::SYS_shmctl,
-    libc::SYS_semget,
-    libc::SYS_semctl,
-    libc::SYS_semop,
-    libc::SYS_semtimedop,
-    libc::SYS_msgget,
-    libc::SYS_msgctl,
-    libc::SYS_msgsnd,
-    libc::SYS_msgrcv,
-    libc::SYS_mq_open,
-    libc::SYS_mq_unlink,
-    // Files: what Landlock does not cover, or covers only on later kernels.
-    libc::SYS_fchmod,
-    libc::SYS_fchmodat,
-    SYS_FCHMODAT2,
-    libc::SYS_fchown,
-    libc::SYS_fchownat,
-    libc::SYS_utimensat,
-    libc::SYS_setxattr,
-    libc::SYS_lsetxattr,
-    libc::SYS_fsetxattr,
-    SYS_SETXATTRAT,
-    libc::SYS_removexattr,
-    libc::SYS_lremovexattr,
-    libc::SYS_fremovexattr,
-    SYS_REMOVEXATTRAT,
-    SYS_FILE_SETATTR,
-    libc::SYS_truncate,
-    libc::SYS_ftruncate,
-    libc::SYS_fallocate,
-    libc::SYS_name_to_handle_at,
-    libc::SYS_open_by_handle_at,
-    libc::SYS_fanotify_init,
-    // Mounts and namespaces.
-    libc::SYS_mount,
-    libc::SYS_umount2,
-    libc::SYS_pivot_root,
-    libc::SYS_chroot,
-    libc::SYS_move_mount,
-    libc::SYS_open_tree,
-    libc::SYS_fsopen,
-    libc::SYS_fsconfig,
-    libc::SYS_fsmount,
-    libc::SYS_fspick,
-    libc::SYS_mount_setattr,
-    libc::SYS_unshare,
-    libc::SYS_setns,
-    // The kernel, its keys and its clocks.
-    libc::SYS_bpf,
-    libc::SYS_perf_event_open,
-    libc::SYS_userfaultfd,
-    libc::SYS_keyctl,
-    libc::SYS_add_key,
-    libc::SYS_request_key,
-    libc::SYS_init_module,
-    libc::SYS_finit_module,
-    libc::SYS_delete_module,
-    libc::SYS_kexec_load,
-    libc::SYS_swapon,
-    libc::SYS_swapoff,
-    libc::SYS_reboot,
-    libc::SYS_syslog,
-    libc::SYS_acct,
-    libc::SYS_quotactl,
-    libc::SYS_settimeofday,
-    libc::SYS_clock_settime,
-    libc::SYS_clock_adjtime,
-    libc::SYS_adjtimex,
-    libc::SYS_sethostname,
-    libc::SYS_setdomainname,
-    libc::SYS_vhangup,
-    libc::SYS_personality,
-];
-
-/// Without a number of the architecture there is no filter.
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]
-const REFUSED: &[libc::c_long] =
-    &[SYS_FCHMODAT2, SYS_SETXATTRAT, SYS_REMOVEXATTRAT, SYS_FILE_SETATTR];
-
-/// The same number on every architecture (`asm-generic/unistd.h`).
-const SYS_FCHMODAT2: libc::c_long = 452;
-const SYS_SETXATTRAT: libc::c_long = 463;
-const SYS_REMOVEXATTRAT: libc::c_long = 466;
-const SYS_FILE_SETATTR: libc::c_long = 469;
-
-/// Calls of x86_64 that others have not.
-#[cfg(target_arch = "x86_64")]
-const REFUSED_OLD: &[libc::c_long] = &[
-    libc::SYS_fork,
-    libc::SYS_vfork,
-    libc::SYS_chmod,
-    libc::SYS_chown,
-    libc::SYS_lchown,
-    libc::SYS_utime,
-    libc::SYS_utimes,
-    libc::SYS_futimesat,
-    libc::SYS_iopl,
-    libc::SYS_ioperm,
-    libc::SYS_modify_ldt,
-    libc::SYS_kexec_file_load,
-];
-#[cfg(not(target_arch = "x86_64"))]
-const REFUSED_OLD: &[libc::c_long] = &[];
+/// The lower halves of the first arguments: all of these architectures are little-endian.
+const ARGUMENT_AT: [u32; 4] = [16, 24, 32, 40];
 
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
 const REFUSE: u32 = errno(libc::EPERM);
@@ -191,14 +58,50 @@ pub(super) fn filter() -> Option<Vec<libc::sock_filter>> {
     for call in REFUSED.iter().chain(REFUSED_OLD) {
         program.extend([jump(BPF_JEQ, number(*call)?, 0, 1), answer(REFUSE)]);
     }
-    // Threads, and no processes.
-    program.extend([jump(BPF_JEQ, number(libc::SYS_clone)?, 0, 4), load(FIRST_ARGUMENT_AT)]);
-    program.push(operation(BPF_ALU | BPF_AND | BPF_K, libc::CLONE_THREAD.cast_unsigned()));
-    program.extend([jump(BPF_JEQ, 0, 0, 1), answer(REFUSE), load(NUMBER_AT)]);
-    // The limits of the process itself, and not those of others.
-    program.extend([jump(BPF_JEQ, number(libc::SYS_prlimit64)?, 0, 3), load(FIRST_ARGUMENT_AT)]);
-    program.extend([jump(BPF_JEQ, 0, 1, 0), answer(REFUSE), answer(ALLOW)]);
+    for (call, checks) in argument_rules() {
+        let skipped = u8::try_from(checks.len()).ok()?;
+        program.push(jump(BPF_JEQ, number(call)?, 0, skipped));
+        program.extend(checks);
+    }
+    program.push(answer(ALLOW));
     Some(program)
+}
+
+/// The calls of which it depends on an argument what they do, and the instructions that answer them.
+fn argument_rules() -> Vec<(libc::c_long, Vec<libc::sock_filter>)> {
+    let [first, second, third, _] = ARGUMENT_AT;
+    let commands: Vec<u32> = DESCRIPTOR_COMMANDS.iter().map(|it| it.cast_unsigned()).collect();
+    let truncate = libc::O_TRUNC.cast_unsigned();
+    let mut rules = vec![
+        // Threads, and no processes.
+        (libc::SYS_clone, if_any_bit(first, libc::CLONE_THREAD.cast_unsigned(), ALLOW, REFUSE)),
+        // The limits of the process itself, and not those of others.
+        (libc::SYS_prlimit64, if_one_of(first, &[0])),
+        (libc::SYS_ioctl, if_one_of(second, REQUESTS)),
+        (libc::SYS_fcntl, if_one_of(second, &commands)),
+        // Up to version 2 (Linux 6.1) Landlock takes a file that is emptied for one that is read.
+        (libc::SYS_openat, if_any_bit(third, truncate, REFUSE, ALLOW)),
+        // Its flags lie in memory, where a filter sees nothing.
+        (libc::SYS_openat2, vec![answer(MISSING)]),
+    ];
+    #[cfg(target_arch = "x86_64")]
+    rules.push((libc::SYS_open, if_any_bit(second, truncate, REFUSE, ALLOW)));
+    rules
+}
+
+/// Allows a call whose argument `at` is one of `values`, and refuses it with others.
+fn if_one_of(at: u32, values: &[u32]) -> Vec<libc::sock_filter> {
+    let mut checks = vec![load(at)];
+    for value in values {
+        checks.extend([jump(BPF_JEQ, *value, 0, 1), answer(ALLOW)]);
+    }
+    checks.push(answer(REFUSE));
+    checks
+}
+
+/// Answers `then` where the argument `at` has any of `bits`, and `otherwise` where not.
+fn if_any_bit(at: u32, bits: u32, then: u32, otherwise: u32) -> Vec<libc::sock_filter> {
+    vec![load(at), jump(BPF_JSET, bits, 0, 1), answer(then), answer(otherwise)]
 }
 
 /// Applies `filter` to the calling thread, which has no way to new privileges any more.
