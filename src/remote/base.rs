@@ -128,7 +128,7 @@ impl RemoteBase {
     }
 
     /// Returns the cache.
-    pub(super) fn cache(&self) -> &Cache {
+    pub(super) fn cache(&self) -> &Arc<Cache> {
         &self.cache
     }
 

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use super::base::RemoteBase;
 use super::error::RemoteError;
 use super::image::RemoteImage;
-use super::open::{base_over, count_users, replace_open, unreadable};
+use super::open::{base_over, count_users, discard, replace_open, unreadable};
 use super::samples::{check_identity, identity_of};
 use super::writable::RemoteDisk;
 use super::writer_guard::WriterGuard;
@@ -49,12 +49,10 @@ impl RemoteImage {
             let why = "another disk of this mount has it as its base too: remove that disk first";
             return Err(refused(address, why));
         }
-        base.cache().discard().map_err(|error| {
-            let why = "what was kept of it on this host cannot be removed";
-            refused(address, format!("{why}: {}", crate::host::os_message(&error)))
-        })?;
+        discard(base.spec(), base.cache())?;
         let disk = RemoteDisk::new(base.spec().clone(), Arc::clone(transport), Some(guard))
             .map_err(|error| unreadable(address, &error))?;
+        disk.hold_discarded(Some(Arc::clone(base.cache())));
         transport.set_identity_check(disk.identity_check());
         Ok(Arc::new(disk))
     }
@@ -70,6 +68,7 @@ impl RemoteDisk {
         let identity =
             identity_of(&**transport).map_err(|error| unreadable(self.address(), &error))?;
         transport.set_identity_check(check_identity(&**transport, &identity));
+        self.hold_discarded(None);
         let base = base_over(self.spec(), identity, Arc::clone(transport) as _)?;
         let base = Arc::new(base.with_writable(Some(Arc::clone(transport))));
         replace_open(self.spec(), &base);

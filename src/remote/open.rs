@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 
 use super::RemoteDisk;
 use super::base::RemoteBase;
-use super::cache::{CacheError, CacheRegistry, Urgency};
+use super::cache::{Cache, CacheError, CacheRegistry, Urgency};
 use super::error::RemoteError;
 #[cfg(feature = "network")]
 use super::http::{HttpClient, HttpOptions};
@@ -135,11 +135,13 @@ pub fn open_writable(spec: &RemoteSpec) -> Result<Arc<RemoteDisk>, RemoteError> 
         return Err(RemoteError::Refused { address: spec.address.clone(), why: why.to_owned() });
     }
     let client = Arc::new(connect_nbd(spec, Access::ReadWrite)?);
-    if let Some(dir) = &spec.read_cache {
-        discard_kept(spec, dir, &*client)?;
-    }
+    let discarded = match &spec.read_cache {
+        Some(dir) => Some(discard_kept(spec, dir, &*client)?),
+        None => None,
+    };
     let disk = RemoteDisk::new(spec.clone(), client.clone(), Some(guard))
         .map_err(|error| unreadable(&spec.address, &error))?;
+    disk.hold_discarded(discarded);
     client.set_identity_check(disk.identity_check());
     Ok(Arc::new(disk))
 }
@@ -157,19 +159,41 @@ fn open_cached(spec: &RemoteSpec) -> Result<RemoteBase, RemoteError> {
     Ok(base.with_writable(writable))
 }
 
-/// Discards what is kept in `dir` of the image behind `transport`, which is about to be changed.
+/// Discards what is kept in `dir` of the image behind `transport`, which is about to be changed. Returns
+/// the cache, which is locked.
 fn discard_kept(
     spec: &RemoteSpec,
     dir: &Path,
     transport: &dyn Transport,
-) -> Result<(), RemoteError> {
+) -> Result<Arc<Cache>, RemoteError> {
     let address = &spec.address;
     let identity = identity_of(transport).map_err(|error| unreadable(address, &error))?;
     let no_place = |why: String| RemoteError::Cache { address: address.clone(), why };
     let (known_by, size) = (known_by(address, &identity), transport.size());
     let cache = CACHES.open(Some(dir), known_by.as_bytes(), size, spec.read_cache_size);
-    let discarded = cache.map_err(|error| no_place(error.to_string()))?.discard();
-    discarded.map_err(|error| no_place(os_message(&error)))
+    let cache = cache.map_err(|error| no_place(error.to_string()))?;
+    discard(spec, &cache)?;
+    Ok(cache)
+}
+
+/// Discards `cache`, the cache of the image that `spec` describes, which is about to be changed.
+///
+/// # Errors
+/// [`RemoteError::Refused`] when what its directory holds may be found again.
+pub(super) fn discard(spec: &RemoteSpec, cache: &Cache) -> Result<(), RemoteError> {
+    let failed = |why| RemoteError::Refused { address: spec.address.clone(), why };
+    if let Some(dir) = &spec.read_cache
+        && !cache.is_persistent()
+    {
+        let dir = dir.display();
+        return Err(failed(format!(
+            "its read cache '{dir}' cannot be emptied before the image is changed: another mount uses it, \
+             or there is no room: unmount that"
+        )));
+    }
+    cache.discard().map_err(|error| {
+        failed(format!("its read cache cannot be emptied: {}", os_message(&error)))
+    })
 }
 
 /// Returns what the cache of an image is known by: the address as well, for the samples of two images may

@@ -682,6 +682,45 @@ fn what_was_kept_of_an_export_is_not_shown_after_it_was_written_to() {
 }
 
 #[test]
+fn an_export_is_not_written_to_while_another_mount_keeps_it_in_the_same_directory() {
+    let lab = Lab::new();
+    put(&lab.path("base.img"), &noise(8 * MIB, 1));
+    let _server = Server::qemu(&lab, "base.img", "--shared=8");
+    let kept = format!("vm={},read-cache=kept", address(&lab));
+    lab.sh("mkdir m2");
+    lab.ok(&format!("mount m2 {kept},mode=ro"));
+    lab.sh("cat m2/vm > /dev/null");
+    let line = lab.refused(1, &format!("mount m {kept},mode=rw"));
+    assert!(line.contains("kept' cannot be emptied"), "{line}");
+    lab.mount(&format!("{kept},overlay=vm.cow"));
+    // No sample has these bytes.
+    lab.open("m/vm").write_all_at(b"new", 3_000_000).unwrap();
+    let output = lab.cowslip("commit m/vm");
+    assert!(show(&output).contains("another mount uses it"), "{}", show(&output));
+    lab.ok("umount m2");
+    lab.umount();
+    for words in ["overlay=vm.cow", "mode=rw"] {
+        lab.mount(&format!("{kept},{words}"));
+        if words == "mode=rw" {
+            lab.open("m/vm").write_all_at(b"newer", 3_000_000).unwrap();
+            // A mount that comes meanwhile reads the old and the new, and keeps neither.
+            lab.ok(&format!("mount m2 {kept},mode=ro"));
+            lab.sh("cat m2/vm > /dev/null");
+            lab.open("m/vm").write_all_at(b"newest", 3_000_000).unwrap();
+        } else {
+            lab.ok("commit m/vm");
+        }
+        lab.umount();
+        if words == "mode=rw" {
+            lab.ok("umount m2");
+        }
+        lab.mount(&format!("{kept},mode=ro"));
+        lab.sh("cmp m/vm base.img");
+        lab.umount();
+    }
+}
+
+#[test]
 fn connections_that_are_opened_during_a_commit_see_the_same_image() {
     let lab = Lab::new();
     put(&lab.path("base.img"), &noise(32 * MIB, 1));
