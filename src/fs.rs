@@ -72,10 +72,8 @@ impl Filesystem for CowslipFs {
 
     fn forget(&self, _: &Request, ino: INodeNo, count: u64) {
         // Lookups of partition files are not counted.
-        if let Some(file) =
-            self.shared.catalog.file_by_ino(ino.0).filter(|file| !file.is_partition())
-        {
-            forget_lookups(&self.shared, file.disk(), count);
+        if let Some(disk) = self.shared.catalog.disk_once_of(ino.0) {
+            forget_lookups(&self.shared, &disk, count);
         }
     }
 

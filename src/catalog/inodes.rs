@@ -3,10 +3,12 @@
 
 use std::sync::{Arc, Weak};
 
-use dashmap::DashMap;
+use dashmap::{DashMap, DashSet};
+use uuid::Uuid;
 
 use super::names::CatalogEntry;
 use crate::disk::{Disk, DiskFile};
+use crate::overlay::stack::inode_of;
 
 /// The files of a mount by inode number. Each map locks one shard at a time.
 #[derive(Default)]
@@ -17,6 +19,11 @@ pub(super) struct Inodes {
     partitions: DashMap<u64, DiskFile>,
     /// Snapshot files that were looked up.
     snapshots: DashMap<u64, Weak<Disk>>,
+    /// Disks by inode numbers that they had before, which the kernel has yet to forget.
+    former: DashMap<u64, Weak<Disk>>,
+    /// Inode numbers of disks that have left the mount. Whoever still refers to such a file keeps the
+    /// kernel's inode.
+    left: DashSet<u64>,
 }
 
 impl Inodes {
@@ -24,13 +31,23 @@ impl Inodes {
     pub(super) fn clashes(&self, disk: &Disk) -> bool {
         let is_taken = |ino| self.partitions.contains_key(&ino);
         self.disks.contains_key(&disk.ino())
+            || self.left.contains(&inode_of(&disk.uuid)) && self.has_uuid(&disk.uuid)
             || disk.partition_files().iter().any(|partition| is_taken(partition.ino()))
     }
 
     /// Returns another disk of the inode number of `disk`: one of the same overlay, copied.
     pub(super) fn twin(&self, disk: &Disk) -> Option<Arc<CatalogEntry>> {
-        let found = self.disks.get(&disk.ino()).map(|entry| Arc::clone(&entry));
+        // It may have another number than its uuid says by now.
+        let ino = match self.former.get(&disk.ino()).and_then(|former| former.upgrade()) {
+            Some(former) => former.ino(),
+            None => disk.ino(),
+        };
+        let found = self.disks.get(&ino).map(|entry| Arc::clone(&entry));
         found.filter(|entry| !std::ptr::eq(&*entry.disk, disk))
+    }
+
+    fn has_uuid(&self, uuid: &Uuid) -> bool {
+        self.disks.iter().any(|entry| entry.disk.uuid == *uuid)
     }
 
     /// Registers a disk, in place of an earlier entry of the same disk.
@@ -53,8 +70,51 @@ impl Inodes {
         }
     }
 
+    /// Gives `disk` another inode number. The kernel's inode of the old one leads nowhere then.
+    pub(super) fn renumber(&self, disk: &Arc<Disk>) {
+        let old = disk.ino();
+        let found = self.disks.get(&old).map(|entry| Arc::clone(&entry));
+        let Some(entry) = found.filter(|entry| Arc::ptr_eq(&entry.disk, disk)) else { return };
+        let ino = self.unused();
+        self.note_former(old, disk);
+        // First, so that the disk is in the map all the time.
+        self.disks.insert(ino, entry);
+        disk.set_ino(ino);
+        self.disks.remove(&old);
+    }
+
+    /// Gives `disk`, which is about to be registered, another inode number if a disk of its number was
+    /// in the mount before.
+    pub(super) fn renumber_returning(&self, disk: &Arc<Disk>) {
+        if self.left.contains(&disk.ino()) {
+            self.note_former(disk.ino(), disk);
+            disk.set_ino(self.unused());
+        }
+    }
+
+    fn note_former(&self, ino: u64, disk: &Arc<Disk>) {
+        self.former.retain(|_, disk| disk.strong_count() > 0);
+        self.former.insert(ino, Arc::downgrade(disk));
+    }
+
+    /// Returns an inode number that nothing has or had.
+    fn unused(&self) -> u64 {
+        let is_used = |ino: &u64| self.disks.contains_key(ino) || self.snapshots.contains_key(ino);
+        std::iter::repeat_with(|| inode_of(&Uuid::new_v4()))
+            .find(|ino| !is_used(ino))
+            .unwrap_or_default()
+    }
+
+    /// Returns the disk that has or had the inode number `ino`.
+    pub(super) fn disk_once_of(&self, ino: u64) -> Option<Arc<Disk>> {
+        let file = self.file(ino).filter(|file| !file.is_partition());
+        let former = || self.former.get(&ino)?.upgrade();
+        file.map(|file| Arc::clone(file.disk())).or_else(former)
+    }
+
     /// Removes a disk and its partition files.
     pub(super) fn remove(&self, disk: &Disk) {
+        self.left.insert(inode_of(&disk.uuid));
         self.disks.remove(&disk.ino());
         self.remove_partitions(disk);
     }
@@ -81,7 +141,7 @@ impl Inodes {
         let disk = self.disks.get(&ino).map(|entry| Arc::clone(&entry.disk));
         let partition = || self.partitions.get(&ino).map(|file| file.clone());
         let snapshot = || self.snapshots.get(&ino)?.upgrade().map(DiskFile::from);
-        disk.map(DiskFile::from).or_else(partition).or_else(snapshot)
+        disk.map(|disk| DiskFile::found_by(ino, disk)).or_else(partition).or_else(snapshot)
     }
 
     /// Returns every disk, including those without a name.

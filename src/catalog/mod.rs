@@ -147,6 +147,29 @@ impl Catalog {
         self.inodes.file(ino)
     }
 
+    /// Returns the disk or the snapshot that has the inode number `ino`, or had it, for the kernel to
+    /// forget.
+    #[must_use]
+    pub fn disk_once_of(&self, ino: u64) -> Option<Arc<Disk>> {
+        self.inodes.disk_once_of(ino)
+    }
+
+    /// Gives a disk another inode number: the kernel forgets what it knows of the file under the old
+    /// one, which leads nowhere from now on. Nobody may have the disk open. Returns the old number.
+    pub fn renumber(&self, disk: &Arc<Disk>) -> u64 {
+        // A lookup by name finds the old number or the new one.
+        let _names = self.names.write();
+        let old = disk.ino();
+        self.inodes.renumber(disk);
+        old
+    }
+
+    /// Gives a disk that is about to be added another inode number if it was in the mount before: the
+    /// kernel may still have the inode, with a size that is not the disk's any more.
+    pub fn renumber_returning(&self, disk: &Arc<Disk>) {
+        self.inodes.renumber_returning(disk);
+    }
+
     /// Registers a snapshot's file by its inode number, for as long as the disk holds the file.
     pub fn index_snapshot(&self, file: &Arc<Disk>) {
         self.inodes.insert_snapshot(file);

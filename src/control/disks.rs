@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use super::api::{Answer, Lines, Outcome, Refusal};
 use super::{Control, Invalidation, matches_inode, unmount_summary};
 use crate::catalog::{CatalogEntry, DiskOrigin};
-use crate::config::{DiskSpec, check_cache, parse_disk};
+use crate::config::{CacheMode, DiskSpec, check_cache, parse_disk};
 use crate::disk::{self, Disk, InUse, OpenContext, OpenedDisk, split_name};
 use crate::host::is_out_of_space;
 use crate::store::Store;
@@ -97,6 +97,9 @@ impl Control {
     ) -> Result<(), String> {
         let clash = self.catalog.check_clash(name, disk);
         clash.map_err(|line| format!("{name}: {line}"))?;
+        if self.cache == CacheMode::Writeback {
+            self.catalog.renumber_returning(disk);
+        }
         disk.write_holder(&self.holder());
         let added = match store {
             Some(store) => self.catalog.add_stored(store, name, disk),

@@ -10,9 +10,9 @@ use super::api::{
 };
 use super::{Control, ControlNode, Invalidation, log_and_answer};
 use crate::catalog::CatalogEntry;
-use crate::config::{format_size, format_zeroed};
+use crate::config::{CacheMode, format_size, format_zeroed};
 use crate::disk::{
-    CommitSummary, DiffBase, Disk, Force, HydrateCommand, OperationError, PrefetchMode,
+    CommitSummary, DiffBase, Disk, Force, HydrateCommand, OperationError, PrefetchMode, SizeChange,
     SnapshotInfo,
 };
 
@@ -173,18 +173,28 @@ impl Control {
     pub(super) fn revert_or_reset(
         &self,
         name: &str,
-        disk: &Disk,
+        disk: &Arc<Disk>,
         snapshot: Option<&str>,
         force: Force,
     ) -> Answer {
+        let change = match self.cache {
+            CacheMode::Writeback => SizeChange::Unseen,
+            CacheMode::Auto | CacheMode::None => SizeChange::Seen,
+        };
         // Dirty pages in the kernel's cache must not be written back after the switch.
         self.drop_cached_pages(disk);
         let result = match snapshot {
-            Some(snapshot) => disk.revert(snapshot, force),
-            None => disk.reset(force),
+            Some(snapshot) => disk.revert(snapshot, force, change),
+            None => disk.reset(force, change),
         };
         // Also after an error: the bytes of a reflink copy may have changed before it.
         self.drop_cached_pages(disk);
+        if disk.take_renumbering() {
+            let old = self.catalog.renumber(disk);
+            disk.release_opens();
+            let files = vec![(name.to_owned(), old)];
+            self.wait_for_invalidation(disk, Invalidation::Disk { files });
+        }
         result.map_err(|error| refuse_operation(name, &error))?;
         log_and_answer(match snapshot {
             Some(snapshot) => format!("{name}: is as it was at snapshot '{snapshot}'"),

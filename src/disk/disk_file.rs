@@ -19,12 +19,14 @@ use crate::layer::Wait;
 #[derive(Clone)]
 pub struct DiskFile {
     disk: Arc<Disk>,
+    /// The inode number by which it was found; the disk may have another one by now.
+    ino: u64,
     partition: Option<Arc<PartitionFile>>,
 }
 
 impl From<Arc<Disk>> for DiskFile {
     fn from(disk: Arc<Disk>) -> Self {
-        Self { disk, partition: None }
+        Self { ino: disk.ino(), disk, partition: None }
     }
 }
 
@@ -32,7 +34,13 @@ impl DiskFile {
     /// The file of a partition of `disk`.
     #[must_use]
     pub fn partition(disk: Arc<Disk>, partition: Arc<PartitionFile>) -> Self {
-        Self { disk, partition: Some(partition) }
+        Self { ino: partition.ino, disk, partition: Some(partition) }
+    }
+
+    /// The file of the whole `disk`, which was found by the inode number `ino`.
+    #[must_use]
+    pub fn found_by(ino: u64, disk: Arc<Disk>) -> Self {
+        Self { disk, ino, partition: None }
     }
 
     /// The disk that holds the bytes.
@@ -50,7 +58,7 @@ impl DiskFile {
     /// The inode number of the file.
     #[must_use]
     pub fn ino(&self) -> u64 {
-        self.partition.as_ref().map_or_else(|| self.disk.ino(), |partition| partition.ino)
+        self.ino
     }
 
     /// The range of the disk that the file shows, unbounded for a whole disk, which may grow.
@@ -68,9 +76,14 @@ impl DiskFile {
     /// [`release_handle`](Self::release_handle).
     ///
     /// # Errors
-    /// The errors of [`Disk::open_handle`].
+    /// The errors of [`Disk::open_handle`]; `ESTALE` when the disk has another inode number by now.
     pub fn open_handle(&self, access: HandleAccess) -> io::Result<()> {
         self.disk.open_handle(access)?;
+        // Once it is counted, the number stays.
+        if !self.is_partition() && self.ino != self.disk.ino() {
+            self.disk.release_handle(access);
+            return Err(os_error(libc::ESTALE));
+        }
         if let Some(readers) = self.read_counter(access) {
             readers.fetch_add(1, Ordering::SeqCst);
         }
@@ -177,7 +190,7 @@ impl DiskFile {
     /// The errors of [`Disk::set_size`]; `EINVAL` for a partition.
     pub fn set_size(&self, size: u64, wait: Wait) -> io::Result<()> {
         if !self.is_partition() {
-            return self.disk.set_size(size, wait);
+            return self.disk.set_size_by(self.ino, size, wait);
         }
         let shown = self.disk_range();
         let is_overlay = self.disk.overlay().is_some();

@@ -36,6 +36,7 @@ mod hydrate;
 mod keep;
 mod layers;
 mod maintenance;
+mod new_size;
 mod open;
 mod operation;
 mod operation_error;
@@ -52,7 +53,7 @@ mod stream;
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
@@ -71,6 +72,7 @@ use self::history::{History, ResetSizes};
 use self::hydrate::Hydration;
 pub use self::hydrate::{HydrateCommand, HydrationPhase};
 use self::layers::{LayerStack, Top};
+pub use self::new_size::SizeChange;
 pub use self::open::{
     OpenContext, OpenError, OpenedDisk, clone_stored, create_blank, create_stored, open,
     open_stored, spec_over,
@@ -102,6 +104,7 @@ use crate::stream::Stream;
 pub struct Disk {
     /// The disk's uuid; a persistent overlay keeps it.
     pub uuid: Uuid,
+    ino: AtomicU64,
     /// How the disk may be changed.
     pub mode: DiskMode,
     /// The source that the disk was opened from, as text for messages.
@@ -159,6 +162,7 @@ impl Disk {
         let grain = description.grain();
         Self {
             uuid,
+            ino: AtomicU64::new(inode_of(&uuid)),
             mode: spec.mode,
             source,
             resize: spec.resize,
@@ -185,10 +189,11 @@ impl Disk {
         }
     }
 
-    /// The inode number of the mounted file.
+    /// The inode number of the mounted file: that of the uuid, until the size changes below the
+    /// kernel.
     #[must_use]
     pub fn ino(&self) -> u64 {
-        inode_of(&self.uuid)
+        self.ino.load(Ordering::SeqCst)
     }
 
     fn layers(&self) -> Arc<LayerStack> {
@@ -279,7 +284,8 @@ impl Disk {
     /// Counts a handle as opened.
     ///
     /// # Errors
-    /// `ESTALE` once the disk is being removed: the kernel looks the name up again then.
+    /// `ESTALE` once the disk is being removed: the kernel looks the name up again then; `EBUSY` while
+    /// it waits for [another inode number](Self::take_renumbering).
     pub fn open_handle(&self, access: HandleAccess) -> io::Result<()> {
         self.references.open(access)
     }

@@ -31,6 +31,17 @@ pub enum OperationError {
     /// The disk is open for writing.
     #[error("it is open for writing")]
     Writers,
+    /// The disk is open, and the kernel would keep its old size.
+    #[error(
+        "it is open, and would go from {} to {}, which the kernel does not see of an open file under --cache writeback: close it everywhere, then try again",
+        format_size(*from), format_size(*to)
+    )]
+    OpenAtOldSize {
+        /// The size in bytes.
+        from: u64,
+        /// The new one.
+        to: u64,
+    },
     /// The disk has no base to reset to.
     #[error(
         "it was detached from its base by hydrate, so a reset leaves nothing of it: use --force if you mean it"

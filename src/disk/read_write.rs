@@ -174,8 +174,17 @@ impl Disk {
     /// # Errors
     /// The errors of [`write`](Self::write).
     pub fn set_size(&self, size: u64, wait: Wait) -> io::Result<()> {
+        self.set_size_by(self.ino(), size, wait)
+    }
+
+    /// Sets the size as [`set_size`](Self::set_size) does, for the kernel's inode `ino`.
+    ///
+    /// # Errors
+    /// The errors of [`set_size`](Self::set_size) and [`check_ino`](Self::check_ino).
+    pub(super) fn set_size_by(&self, ino: u64, size: u64, wait: Wait) -> io::Result<()> {
         self.check_direct_wait(wait)?;
         let _gate = self.gate.exclusive(wait)?;
+        self.check_ino(ino)?;
         let layers = self.layers();
         let top = layers.writable()?;
         let old = top.size();

@@ -39,6 +39,10 @@ pub(super) struct References {
     is_unlinked: AtomicBool,
     /// Set once the disk is being removed: opens are refused.
     is_retired: AtomicBool,
+    /// Set while the disk, which nobody has open, changes to a size that the kernel does not take.
+    opens_are_held: AtomicBool,
+    /// Set with `opens_are_held`, until somebody gives the disk another inode number.
+    needs_number: AtomicBool,
     /// Set while an operation of unbounded length (`keep`) holds the gate: requests then wait without
     /// a deadline.
     deadlines_suspended: AtomicBool,
@@ -48,16 +52,46 @@ impl References {
     /// Counts a handle as opened.
     ///
     /// # Errors
-    /// `ESTALE` once the disk is being removed.
+    /// `ESTALE` once the disk is being removed; `EBUSY` while opens are [held](Self::hold_opens).
     pub(super) fn open(&self, access: HandleAccess) -> io::Result<()> {
-        // Counted before the check: either this call sees the mark of `retire`, or `retire` sees
-        // the count.
+        // Counted before the check: either this call sees the mark of `retire` or `hold_opens`, or
+        // that one sees the count.
         self.open_counter(access).fetch_add(1, Ordering::SeqCst);
-        if self.is_retired.load(Ordering::SeqCst) {
-            self.release(access);
-            return Err(os_error(libc::ESTALE));
+        let refusal = match (self.is_retired.load(Ordering::SeqCst), self.opens_are_held()) {
+            (true, _) => libc::ESTALE,
+            (false, true) => libc::EBUSY,
+            (false, false) => return Ok(()),
+        };
+        self.release(access);
+        Err(os_error(refusal))
+    }
+
+    /// Refuses opens until [`release_opens`](Self::release_opens). Returns false, and does not, while
+    /// a handle is open.
+    pub(super) fn hold_opens(&self) -> bool {
+        self.opens_are_held.store(true, Ordering::SeqCst);
+        if self.handle_count() > 0 {
+            self.release_opens();
+            return false;
         }
-        Ok(())
+        self.needs_number.store(true, Ordering::SeqCst);
+        true
+    }
+
+    /// Whether the caller is to give the disk another inode number, and then to
+    /// [release](Self::release_opens) opens: one caller for each time that they are held.
+    pub(super) fn take_renumbering(&self) -> bool {
+        self.needs_number.swap(false, Ordering::SeqCst)
+    }
+
+    /// Whether opens are held.
+    pub(super) fn opens_are_held(&self) -> bool {
+        self.opens_are_held.load(Ordering::SeqCst)
+    }
+
+    /// Allows opens again.
+    pub(super) fn release_opens(&self) {
+        self.opens_are_held.store(false, Ordering::SeqCst);
     }
 
     /// Counts a handle as released.
@@ -184,6 +218,21 @@ mod tests {
             retired += u32::from(retire);
         }
         assert!(opened > 0 && retired > 0, "no race: {opened} opened, {retired} retired");
+    }
+
+    #[test]
+    fn opens_are_held_only_while_nobody_has_the_disk_open() {
+        let references = References::default();
+        references.open(HandleAccess::Read).unwrap();
+        assert!(!references.hold_opens() && !references.opens_are_held());
+        references.release(HandleAccess::Read);
+        assert!(!references.take_renumbering() && references.hold_opens());
+        let refused = references.open(HandleAccess::Write).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EBUSY));
+        assert_eq!(references.handle_count(), 0);
+        assert!(references.take_renumbering() && !references.take_renumbering());
+        references.release_opens();
+        references.open(HandleAccess::Write).unwrap();
     }
 
     #[test]

@@ -29,7 +29,8 @@
 //!   whose size is fixed                                 dirty ones wait for the reply    after 1 s
 //!   copy_file_range                dirty ones of others all files of the disk            comes last
 //!   lseek, if pages may be dirty   all files            -                                comes last
-//!   revert, reset                  all files            all files                        comes last
+//!   revert, reset                  all files            all files; with another size     comes last
+//!                                                       and cache=writeback the name
 //!   snapshot, diff, clone, commit  all files            -                                comes last
 //!   a disk leaves the mount        -                    all files, and their names       comes last
 //!   a snapshot is deleted          -                    its name                         comes last
@@ -40,6 +41,10 @@
 //! invalidation before it would deadlock; two such pages of two files would wait for each other.
 //! The last four rows are requests to the control files (`control`), which wait a second for the
 //! kernel at most.
+//!
+//! With cache=writeback the kernel keeps the size of an inode as well, and only a truncation that comes
+//! through it changes that. A disk whose size changes otherwise, by a revert, a reset, or while it
+//! is not in the mount, gets another inode number (`disk::SizeChange`).
 //!
 //! Invalidations are sent by pool threads and never by a handler: the kernel may need a free worker
 //! to carry one out. No lock is held meanwhile.

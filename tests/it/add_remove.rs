@@ -151,6 +151,32 @@ fn remove_flushes_dirty_pages_of_the_kernel() {
 }
 
 #[test]
+fn a_disk_that_returns_with_another_size_has_it_with_cache_writeback() {
+    let lab = Lab::new();
+    lab.mount("e=blank:1M --cache writeback");
+    lab.ok("add m d=blank:1M,overlay=ov");
+    // Who refers to the file without having it open keeps the kernel's inode of it.
+    let held = lab.open_with("m/d", libc::O_PATH);
+    lab.ok("remove m/d");
+    lab.sh("mkdir n; $COWSLIP mount n d=blank:1M,overlay=ov");
+    lab.sh("truncate -s 4M n/d; tr '\\0' x < n/d > copy; cp copy n/d; $COWSLIP umount n");
+    lab.ok("add m d=blank:1M,overlay=ov");
+    lab.sh("test $(stat -c %s m/d) = 4194304; cmp m/d copy");
+    let file = lab.open("m/d");
+    file.write_all_at(b"y", 2 * MIB + 5).unwrap();
+    file.sync_all().unwrap();
+    lab.sh("printf y | dd of=copy bs=1 seek=2097157 conv=notrunc status=none; cmp m/d copy");
+    drop((file, held));
+    lab.ok("remove m/d");
+    lab.sh("$COWSLIP mount n d=blank:1M,overlay=ov; cmp n/d copy");
+    // A copy of an overlay is known whatever the number of the first one.
+    lab.ok("add m d=blank:1M,overlay=ov2");
+    lab.sh("$COWSLIP umount n; cp -a ov ov3");
+    lab.ok("add m f=blank:1M,overlay=ov");
+    assert!(lab.refused(1, "add m g=blank:1M,overlay=ov3").contains("is a copy of that of 'f'"));
+}
+
+#[test]
 fn base_of_a_removed_disk_can_be_written_at_once() {
     let lab = lab();
     for _ in 0..10 {

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -246,6 +247,90 @@ fn revert_and_reset_restore_the_size() {
         assert_eq!(len(), size, "{words}");
         assert_eq!(lab.sh("wc -c < m/d").trim(), (size * MIB).to_string());
     }
+}
+
+/// A write of a part of a page, behind the end that the disk had before a revert or a reset, keeps the
+/// rest of the page. `disk` is mounted as `d`, with 4 MiB of `base`.
+fn new_size_is_seen_under_writeback(lab: &Lab, disk: &str, base: &[u8]) {
+    let ino = || fs::metadata(lab.path("m/d")).unwrap().ino();
+    let first = ino();
+    lab.ok("snapshot m/d full");
+    lab.sh("truncate -s 1M m/d");
+    lab.ok("snapshot m/d small");
+    // Somebody refers to the file, and keeps the kernel's inode.
+    let held = lab.open_with("m/d", libc::O_PATH);
+    let old = format!("/proc/self/fd/{}", held.as_raw_fd());
+    for (words, len) in
+        [("revert m/d full", 4), ("revert m/d small", 1), ("reset m/d", 4), ("revert m/d full", 4)]
+    {
+        let before = ino();
+        let len_before = fs::metadata(lab.path("m/d")).unwrap().len();
+        lab.ok(words);
+        assert_eq!(fs::metadata(lab.path("m/d")).unwrap().len(), len * MIB, "{words}");
+        assert_eq!(ino() == before, len_before == len * MIB, "{words}");
+        assert_eq!(lab.sh("wc -c < m/d").trim(), (len * MIB).to_string(), "{words}");
+    }
+    // What was the file is none any more: its page cache and its size are old.
+    let reopened = fs::OpenOptions::new().write(true).open(&old);
+    assert_eq!(reopened.err().and_then(|error| error.raw_os_error()), Some(libc::ESTALE));
+    assert_eq!(lab.disk("d")["inode"], ino());
+    drop(held);
+    let at = 2 * MIB + 100;
+    let file = lab.open("m/d");
+    file.write_all_at(b"0123456789", at).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    lab.umount();
+    lab.mount(disk);
+    assert_eq!(ino(), first);
+    let mut expected = base.to_vec();
+    let at = usize::try_from(at).unwrap();
+    expected[at..at + 10].copy_from_slice(b"0123456789");
+    assert!(all(lab, "m/d") == expected);
+}
+
+#[test]
+fn revert_and_reset_restore_the_size_with_cache_writeback() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    let base = all(&lab, "base.img");
+    lab.mount("d=base.img,overlay=ov --cache writeback");
+    new_size_is_seen_under_writeback(&lab, "d=base.img,overlay=ov", &base);
+}
+
+#[test]
+fn revert_and_reset_of_a_reflink_disk_restore_the_size_with_cache_writeback() {
+    let mut lab = Lab::new();
+    lab.host("host", "xfs", 400 * MIB);
+    lab.base("host/base.img", 4 * MIB);
+    let base = all(&lab, "host/base.img");
+    let disk = "d=host/base.img,overlay=host/ov,reflink";
+    lab.mount(&format!("{disk} --cache writeback"));
+    new_size_is_seen_under_writeback(&lab, disk, &base);
+}
+
+#[test]
+fn another_size_under_an_open_file_is_refused_with_cache_writeback() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    lab.mount("d=base.img,overlay=ov --cache writeback");
+    lab.ok("snapshot m/d full");
+    lab.open("m/d").write_all_at(&noise(MIB, 1), 0).unwrap();
+    lab.ok("snapshot m/d same");
+    lab.sh("truncate -s 1M m/d");
+    let file = lab.open_ro("m/d");
+    for words in ["revert m/d full", "revert m/d full --force", "reset m/d"] {
+        let line = lab.refused(1, words);
+        assert!(line.contains("from 1 MiB to 4 MiB"), "{line}");
+        assert!(line.contains("close it"), "{line}");
+    }
+    assert_eq!(file.metadata().unwrap().len(), MIB);
+    drop(file);
+    lab.ok("revert m/d full");
+    let file = lab.open("m/d");
+    // The size stays.
+    lab.ok("revert m/d same --force");
+    assert!(read(&file, 0, MIB) == noise(MIB, 1));
 }
 
 #[test]

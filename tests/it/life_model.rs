@@ -16,7 +16,7 @@ use crate::common::model::{End, Menu, Model, Op, Target, apply, op, perform, rea
 use crate::common::mount::noise;
 use cowslip::config::{DiskSource, DiskSpec};
 use cowslip::disk::{
-    Disk, FallocateMode, Force, OpenContext, OperationError, SizeMode, Whence, open,
+    Disk, FallocateMode, Force, OpenContext, OperationError, SizeChange, SizeMode, Whence, open,
 };
 use cowslip::extents::{Extent, ExtentKind};
 use cowslip::host::os_error;
@@ -276,12 +276,12 @@ impl Pair {
             },
             Step::Revert(at, rank) => {
                 if let Some(name) = self.nth(at, rank) {
-                    self.0[at].disk().revert(&name, Force::No).unwrap();
+                    self.0[at].disk().revert(&name, Force::No, SizeChange::Seen).unwrap();
                     models[at] = Model::new(self.0[at].snapshots[&name].clone());
                 }
             }
             Step::Reset(at) => {
-                self.0[at].disk().reset(Force::No).unwrap();
+                self.0[at].disk().reset(Force::No, SizeChange::Seen).unwrap();
                 models[at] = Model::new(self.0[at].fresh.clone());
             }
             Step::Tidy(at) => {

@@ -339,8 +339,7 @@ mod tests {
 
     use super::*;
     use crate::config::{DiskSource, DiskSpec};
-    use crate::disk::Force;
-    use crate::disk::{HandleAccess, OpenContext, open};
+    use crate::disk::{Force, HandleAccess, OpenContext, SizeChange, open};
     use crate::layer::Wait;
 
     fn disk(dir: &Path) -> Disk {
@@ -393,7 +392,8 @@ mod tests {
             &layer_cache,
             Arc::new(move |_| {
                 if let Some(disk) = weak.upgrade().filter(|_| seen.lock().is_none()) {
-                    let other = std::thread::spawn(move || disk.revert("a", Force::Yes));
+                    let other =
+                        std::thread::spawn(move || disk.revert("a", Force::Yes, SizeChange::Seen));
                     // The request may have to wait for the merge, so this callback does not wait
                     // for the request.
                     let until = Instant::now() + Duration::from_millis(300);

@@ -22,6 +22,7 @@ pub use self::snapshots::{LayerUsage, SnapshotInfo};
 pub use self::state::LayerUsers;
 pub(super) use self::state::{History, ResetSizes};
 use super::Disk;
+use super::new_size::SizeChange;
 use super::operation::Force;
 use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
@@ -86,7 +87,7 @@ impl Disk {
 
     /// Seals the top and puts an empty one above it.
     pub(super) fn seal(&self, name: Option<(&str, i64)>) -> Result<(), OperationError> {
-        self.put_empty_top(TopParent::Top, Force::Yes, |tree, old| {
+        self.put_empty_top(TopParent::Top, Force::Yes, SizeChange::Seen, |tree, old| {
             let named = |(name, taken): (&str, i64)| SnapshotRecord {
                 name: name.to_owned(),
                 layer: old,
@@ -101,44 +102,54 @@ impl Disk {
     ///
     /// # Errors
     /// [`OperationError`]; nothing has changed then.
-    pub fn revert(&self, name: &str, force: Force) -> Result<(), OperationError> {
+    pub fn revert(
+        &self,
+        name: &str,
+        force: Force,
+        change: SizeChange,
+    ) -> Result<(), OperationError> {
         let _operation = self.operations.begin("a revert")?;
         if let Some(reflink) = self.reflink() {
-            return self.switch_reflink(force, || reflink.revert(name));
+            let size = reflink.size_of(Some(name))?;
+            return self.switch_reflink(force, (size, change), || reflink.revert(name));
         }
         let tree = self.tree("snapshots")?;
         let unknown = || OperationError::NoSnapshot(name.to_owned());
         let layer = tree.snapshot(name).ok_or_else(unknown)?.layer;
         self.check_writers(force)?;
-        self.put_empty_top(TopParent::Layer(layer), force, |_, _| {})
+        self.put_empty_top(TopParent::Layer(layer), force, change, |_, _| {})
     }
 
     /// Resets the disk to its base. Its snapshots stay.
     ///
     /// # Errors
     /// [`OperationError`]; nothing has changed then.
-    pub fn reset(&self, force: Force) -> Result<(), OperationError> {
+    pub fn reset(&self, force: Force, change: SizeChange) -> Result<(), OperationError> {
         let _operation = self.operations.begin("a reset")?;
         if let Some(reflink) = self.reflink() {
-            return self.switch_reflink(force, || reflink.reset());
+            let size = reflink.size_of(None)?;
+            return self.switch_reflink(force, (size, change), || reflink.reset());
         }
         self.tree("changes to reset")?;
         if self.hydration.is_detached() && force == Force::No {
             return Err(OperationError::Detached);
         }
         self.check_writers(force)?;
-        self.put_empty_top(TopParent::Base, force, |_, _| {})
+        self.put_empty_top(TopParent::Base, force, change, |_, _| {})
     }
 
-    /// Replaces the file of a reflink overlay by another.
+    /// Replaces the file of a reflink overlay by another of `size` bytes.
     fn switch_reflink(
         &self,
         force: Force,
+        (size, change): (u64, SizeChange),
         switch: impl FnOnce() -> Result<(), ReflinkError>,
     ) -> Result<(), OperationError> {
         self.check_writers(force)?;
+        self.await_closed(size, change);
         let _gate = self.gate_for_layers()?;
         self.check_writers(force)?;
+        self.begin_size_change(size, change)?;
         Ok(switch()?)
     }
 

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::state::ResetSizes;
 use crate::disk::Disk;
+use crate::disk::new_size::SizeChange;
 use crate::disk::operation::Force;
 use crate::disk::operation_error::OperationError;
 use crate::disk::overlay_location::OverlayFiles;
@@ -139,21 +140,26 @@ impl Disk {
         LayerMap::new(size, lower_limit)
     }
 
+    /// Returns the top, unless a commit has left it in between.
+    fn uncommitted_top(&self) -> Result<Arc<Overlay>, OperationError> {
+        let top = self.overlay().ok_or(OperationError::NoOverlay("layers"))?;
+        if top.is_committing() { Err(OperationError::CommitUnfinished) } else { Ok(top) }
+    }
+
     /// Puts an empty top in place. `change` gets the new tree and the uuid of the old top.
     pub(super) fn put_empty_top(
         &self,
         parent: TopParent,
         force: Force,
+        size_change: SizeChange,
         change: impl FnOnce(&mut LayerTree, Uuid),
     ) -> Result<(), OperationError> {
         let tree = self.tree("layers")?;
         let old = tree.top().map(|top| top.uuid).ok_or(OperationError::NoOverlay("layers"))?;
-        let Some(top) = self.overlay() else { return Err(OperationError::NoOverlay("layers")) };
-        if top.is_committing() {
-            return Err(OperationError::CommitUnfinished);
-        }
+        let top = self.uncommitted_top()?;
         let (parent_uuid, below) = self.layers_below(parent, &tree, (old, &top))?;
         let limit = self.limit_above(&below);
+        self.await_closed(self.empty_map(parent, &below).size, size_change);
         let make = || self.make_layer(&tree, parent_uuid, &self.empty_map(parent, &below), limit);
         // Created before the gate is taken: writers wait only for the switch.
         let mut new = make()?;
@@ -163,6 +169,7 @@ impl Disk {
         let switch = || -> Result<LayerTree, OperationError> {
             let _gate = self.gate_for_layers()?;
             self.check_writers(force)?;
+            self.begin_size_change(new.overlay.size(), size_change)?;
             if parent == TopParent::Top {
                 if top.is_latched() {
                     return Err(OperationError::Latched);

@@ -186,6 +186,16 @@ impl Reflink {
         }
     }
 
+    /// Returns the size in bytes of the snapshot `name`, or of the base.
+    ///
+    /// # Errors
+    /// [`ReflinkError::NoSnapshot`] and the host's errno.
+    pub fn size_of(&self, name: Option<&str>) -> Result<u64, ReflinkError> {
+        let snapshot = name.map(|name| self.open_snapshot(name)).transpose()?;
+        let size = crate::host::file_size(snapshot.as_ref().unwrap_or(&self.base));
+        size.map_err(|error| OverlayError::io("looking at what it is to be")(error).into())
+    }
+
     /// Reverts the disk to the snapshot `name`, durably. The caller holds the gate exclusive and
     /// afterwards invalidates the kernel's caches of the disk.
     ///
