@@ -50,6 +50,9 @@ pub(super) const REFUSED: &[libc::c_long] = &[
     libc::SYS_msgrcv,
     libc::SYS_mq_open,
     libc::SYS_mq_unlink,
+    // Memory that is nowhere in the address space.
+    libc::SYS_memfd_create,
+    libc::SYS_memfd_secret,
     // Files: what Landlock does not cover, or covers only on later kernels.
     libc::SYS_flock,
     libc::SYS_inotify_init1,

@@ -46,8 +46,12 @@ pub(crate) enum Access {
 /// The limits of a program (setrlimit(2)).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// Bytes of memory that is written to.
-    pub(crate) memory: u64,
+    /// Bytes of memory that can be written to, but for stacks that grow and what is shared.
+    pub(crate) data: u64,
+    /// Bytes of addresses: of all memory, whatever is done with it.
+    pub(crate) address_space: u64,
+    /// Bytes of the stack; of each, in the C libraries that make the stacks of threads as large.
+    pub(crate) stack: u64,
     /// Seconds of CPU time, after which it is killed.
     pub(crate) cpu_time: u64,
     /// Open files.
@@ -107,7 +111,9 @@ impl Sandbox {
 impl Limits {
     fn apply(&self) -> io::Result<()> {
         let limits = [
-            (Resource::Data, self.memory),
+            (Resource::Data, self.data),
+            (Resource::As, self.address_space),
+            (Resource::Stack, self.stack),
             (Resource::Cpu, self.cpu_time),
             (Resource::Nofile, self.open_files),
             // Pipes and sockets are no files.

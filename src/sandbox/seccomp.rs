@@ -69,7 +69,7 @@ pub(super) fn filter() -> Option<Vec<libc::sock_filter>> {
 
 /// The calls of which it depends on an argument what they do, and the instructions that answer them.
 fn argument_rules() -> Vec<(libc::c_long, Vec<libc::sock_filter>)> {
-    let [first, second, third, _] = ARGUMENT_AT;
+    let [first, second, third, fourth] = ARGUMENT_AT;
     let commands: Vec<u32> = DESCRIPTOR_COMMANDS.iter().map(|it| it.cast_unsigned()).collect();
     let truncate = libc::O_TRUNC.cast_unsigned();
     let mut rules = vec![
@@ -83,10 +83,28 @@ fn argument_rules() -> Vec<(libc::c_long, Vec<libc::sock_filter>)> {
         (libc::SYS_openat, if_any_bit(third, truncate, REFUSE, ALLOW)),
         // Its flags lie in memory, where a filter sees nothing.
         (libc::SYS_openat2, vec![answer(MISSING)]),
+        (libc::SYS_mmap, if_counted_memory(fourth)),
     ];
     #[cfg(target_arch = "x86_64")]
     rules.push((libc::SYS_open, if_any_bit(second, truncate, REFUSE, ALLOW)));
     rules
+}
+
+/// Refuses memory that `RLIMIT_DATA` does not count: what grows downwards, and what is shared without a
+/// file.
+fn if_counted_memory(flags_at: u32) -> Vec<libc::sock_filter> {
+    // A bit of both MAP_SHARED and MAP_SHARED_VALIDATE.
+    let [shared, anonymous, grows_down] =
+        [libc::MAP_SHARED, libc::MAP_ANONYMOUS, libc::MAP_GROWSDOWN].map(i32::cast_unsigned);
+    vec![
+        load(flags_at),
+        jump(BPF_JSET, grows_down, 0, 1),
+        answer(REFUSE),
+        jump(BPF_JSET, anonymous, 0, 2),
+        jump(BPF_JSET, shared, 0, 1),
+        answer(REFUSE),
+        answer(ALLOW),
+    ]
 }
 
 /// Allows a call whose argument `at` is one of `values`, and refuses it with others.

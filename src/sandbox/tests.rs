@@ -12,7 +12,13 @@ use std::process::{Command, Output, Stdio};
 
 use super::*;
 
-const LIMITS: Limits = Limits { memory: 256 << 20, cpu_time: 60, open_files: 64 };
+const LIMITS: Limits = Limits {
+    data: 256 << 20,
+    address_space: 768 << 20,
+    stack: 2 << 20,
+    cpu_time: 60,
+    open_files: 64,
+};
 
 /// The sandbox of a program that may run what is installed, and read `image`.
 fn sandbox(image: &File) -> Sandbox {

@@ -492,7 +492,7 @@ fn the_program_has_the_image_and_nothing_else() {
         .filter(|name| !matches!(*name, "PWD" | "OLDPWD" | "SHLVL" | "_"))
         .collect();
     names.sort_unstable();
-    assert_eq!(names, ["LC_ALL", "LISTEN_FDS", "LISTEN_PID", "PATH"]);
+    assert_eq!(names, ["LC_ALL", "LISTEN_FDS", "LISTEN_PID", "MALLOC_ARENA_MAX", "PATH"]);
     let status = fs::read_to_string(proc("status")).unwrap();
     let field = |name: &str| {
         let line = status.lines().find(|line| line.starts_with(name)).unwrap();
@@ -502,7 +502,18 @@ fn the_program_has_the_image_and_nothing_else() {
     // CAP_DAC_READ_SEARCH alone.
     assert_eq!(field("CapPrm:"), "0000000000000004");
     let limits = fs::read_to_string(proc("limits")).unwrap();
-    assert!(limits.contains("Max file size             0"), "{limits}");
+    for (limit, most) in [
+        ("Max file size", 0u64),
+        ("Max data size", 1 << 30),
+        ("Max address space", 3 << 29),
+        ("Max stack size", 2 << 20),
+        ("Max open files", 1100),
+    ] {
+        let line = limits.lines().find(|line| line.starts_with(limit)).unwrap();
+        let most = most.to_string();
+        let found: Vec<_> = line[limit.len()..].split_whitespace().take(2).collect();
+        assert_eq!(found, [most.as_str(), most.as_str()], "{line}");
+    }
     lab.umount();
 }
 

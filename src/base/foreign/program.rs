@@ -19,10 +19,16 @@ use crate::trusted_path;
 
 const PROGRAM: &str = "qemu-nbd";
 
-/// Memory for the tables of an image of 64 TiB, and for what is on its way. An hour of CPU time is some
-/// ten terabytes; the program is started again when it was that much. A VMDK image of 2 TiB may be cut
-/// into 1,024 files.
-const LIMITS: Limits = Limits { memory: 1 << 30, cpu_time: 3600, open_files: 1100 };
+/// Memory for the tables of an image of 64 TiB, for what is on its way, and for the stacks of 64 threads;
+/// libraries take some 200 MiB of addresses more. An hour of CPU time is some ten terabytes; the program
+/// is started again when it was that much. A VMDK image of 2 TiB may be cut into 1,024 files.
+const LIMITS: Limits = Limits {
+    data: 1 << 30,
+    address_space: 3 << 29,
+    stack: 2 << 20,
+    cpu_time: 3600,
+    open_files: 1100,
+};
 
 /// What a program and its libraries are installed in; what is not there is left out.
 const INSTALLED: &[&str] = &[

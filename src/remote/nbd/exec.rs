@@ -246,6 +246,8 @@ impl Jail {
         command.stdout(self.image.try_clone()?);
         // Messages are read, so they must not be translated.
         command.env_clear().env("LC_ALL", "C").env("PATH", "/usr/bin:/bin");
+        // Else glibc keeps 64 MiB of addresses for each thread, of which there are not that many.
+        command.env("MALLOC_ARENA_MAX", "1");
         let jail = Arc::clone(self);
         // SAFETY: between fork and exec the closure makes only system calls: no memory is allocated,
         // no lock is taken.

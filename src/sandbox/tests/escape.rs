@@ -40,6 +40,12 @@ slow another process: os.setpriority(os.PRIO_PROCESS, PID, 19)
 pin another process: os.sched_setaffinity(PID, os.sched_getaffinity(PID))
 leave the group: os.setsid()
 share memory: call(29, 0, 4096, 0o600)
+take memory and make it look read: hide()
+take a stack without an end: resource.setrlimit(resource.RLIMIT_STACK, (-1, -1))
+share memory with itself: call(9, None, 4096, 3, 0x21, -1, 0)
+share it with a longer number: call(9, None, 4096, 3, ctypes.c_ulong(0x100000021), -1, 0)
+make memory that grows downwards: call(9, None, 4096, 3, 0x122, -1, 0)
+make a file of memory: os.memfd_create('x')
 ";
 
 /// These would.
@@ -94,12 +100,28 @@ empty it by creating it: call(85, b'PLACE/image', 0o600)
 empty it by the newer call: call(437, -100, b'PLACE/image', struct.pack('QQQ', os.O_TRUNC, 0, 0), 24)
 read an attribute: os.getxattr('PLACE/secret', 'user.x')
 list the attributes: os.listxattr('PLACE/secret')
+make a file of secret memory: call(447, 0)
 ";
 
 /// Prints the names of the attempts that succeeded. `image` is a descriptor of the image.
 const TRY_ALL: &str = r#"
 import ctypes, errno, fcntl, os, resource, socket, struct, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = libc.mmap.restype = ctypes.c_ssize_t
+def hide():
+    # What is written to counts as data as long as it can be written to.
+    taken = []
+    try:
+        for _ in range(64):
+            at = libc.mmap(None, 16 << 20, 3, 0x22, -1, 0)
+            if at == -1:
+                raise MemoryError
+            taken.append(ctypes.c_void_p(at))
+            if libc.mprotect(taken[-1], 16 << 20, 1) != 0:
+                raise MemoryError
+    finally:
+        for at in taken:
+            libc.munmap(at, 16 << 20)
 def call(number, *args):
     if libc.syscall(number, *args) < 0:
         raise OSError(ctypes.get_errno(), "refused")
