@@ -6,8 +6,11 @@
 /// Calls that are refused. Those that one architecture lacks are in [`REFUSED_OLD`].
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
 pub(super) const REFUSED: &[libc::c_long] = &[
-    // Sockets: the program has those that it inherits. io_uring makes them past the filter.
+    // Sockets: the program has those that it inherits. io_uring makes them past the filter. What lies
+    // unread in pairs of sockets and in pipes is memory of the kernel, which no limit of a process counts.
     libc::SYS_socket,
+    libc::SYS_socketpair,
+    libc::SYS_pipe2,
     libc::SYS_connect,
     libc::SYS_bind,
     libc::SYS_io_uring_setup,
@@ -155,6 +158,7 @@ const SYS_FILE_SETATTR: libc::c_long = 469;
 pub(super) const REFUSED_OLD: &[libc::c_long] = &[
     libc::SYS_fork,
     libc::SYS_vfork,
+    libc::SYS_pipe,
     libc::SYS_creat,
     libc::SYS_inotify_init,
     libc::SYS_chmod,

@@ -46,6 +46,9 @@ share memory with itself: call(9, None, 4096, 3, 0x21, -1, 0)
 share it with a longer number: call(9, None, 4096, 3, ctypes.c_ulong(0x100000021), -1, 0)
 make memory that grows downwards: call(9, None, 4096, 3, 0x122, -1, 0)
 make a file of memory: os.memfd_create('x')
+make a pair of sockets: socket.socketpair()
+make a pipe: os.pipe()
+make a pipe by the older call: call(22, ctypes.create_string_buffer(8))
 ";
 
 /// These would.
