@@ -36,6 +36,10 @@ pub struct RemoteSpec {
     pub read_cache: Option<PathBuf>,
     /// The most bytes that are kept.
     pub read_cache_size: u64,
+    /// The file in which the first reads are recorded, or from which they are fetched ahead.
+    pub trace: Option<PathBuf>,
+    /// The most bytes a second of a trace, a prefetch and a hydration; 0 for no limit.
+    pub prefetch_rate: u64,
     /// The authorities that are believed, a file in PEM; `None` for those of the system.
     pub tls_ca: Option<PathBuf>,
     /// The certificate by which this side is known, a file in PEM.
@@ -71,6 +75,8 @@ impl RemoteSpec {
             ahead: DEFAULT_AHEAD,
             conns,
             read_cache: None,
+            trace: None,
+            prefetch_rate: 0,
             read_cache_size: DEFAULT_CACHE_SIZE,
             tls_ca: None,
             tls_cert: None,

@@ -4,22 +4,20 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::Disk;
 use super::base_description::BaseDescription;
 use super::layers::{LayerStack, Top};
 use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
-use super::prefetch::COPY_STEP;
+use super::prefetch::Pace;
 use crate::base::blank::Blank;
 use crate::extents::{Extent, ExtentKind};
 use crate::layer::{Layer, Wait, WritableLayer};
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::tree::LayerTree;
 
-/// The least bytes copied at a time under a rate limit: 64 KiB.
-const MIN_COPY_STEP: u64 = 64 << 10;
 /// How often a paused hydration checks whether to continue.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -183,18 +181,14 @@ impl Disk {
     /// Copies up the first bytes of `start..end` and sleeps as the rate demands. Returns where the
     /// copied bytes end.
     fn copy_up_paced(&self, start: u64, end: u64, must_stop: &dyn Fn() -> bool) -> io::Result<u64> {
-        let begun = Instant::now();
-        let rate = self.hydration.rate.load(Ordering::SeqCst);
-        // A few pieces a second, however low the rate is.
-        let len = if rate == 0 { COPY_STEP } else { (rate / 4).clamp(MIN_COPY_STEP, COPY_STEP) };
-        let end = end.min(start + len);
+        let rate = match self.hydration.rate.load(Ordering::SeqCst) {
+            0 => self.prefetch_rate(),
+            rate => rate,
+        };
+        let pace = Pace::new(rate);
+        let end = end.min(start + pace.step());
         let copied = self.copy_up(start..end, Wait::Yes)?;
-        if let Some(nanos) = copied.saturating_mul(1_000_000_000).checked_div(rate) {
-            let due = Duration::from_nanos(nanos);
-            while begun.elapsed() < due && !must_stop() {
-                thread::sleep(due.saturating_sub(begun.elapsed()).min(POLL_INTERVAL));
-            }
-        }
+        pace.wait(copied, must_stop);
         Ok(end)
     }
 

@@ -2,14 +2,52 @@
 
 use std::io;
 use std::ops::Range;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::Disk;
 use crate::extents::ExtentKind;
 use crate::host::os_error;
 use crate::layer::Wait;
+use crate::remote::RemoteImage;
 
 /// Bytes copied between two checks whether to stop: 1 MiB.
-pub(super) const COPY_STEP: u64 = 1 << 20;
+const COPY_STEP: u64 = 1 << 20;
+
+/// The least bytes copied at a time under a rate limit: 64 KiB.
+const MIN_COPY_STEP: u64 = 64 << 10;
+/// How often a copy that waits for its rate checks whether to stop.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The pace of one step of a copy.
+pub(super) struct Pace {
+    begun: Instant,
+    /// The most bytes a second; 0 for no limit.
+    rate: u64,
+}
+
+impl Pace {
+    /// Begins a step at no more than `rate` bytes a second (0: no limit).
+    pub(super) fn new(rate: u64) -> Self {
+        Self { begun: Instant::now(), rate }
+    }
+
+    /// Returns the most bytes of the step: a few steps a second, however low the rate is.
+    pub(super) fn step(&self) -> u64 {
+        if self.rate == 0 { COPY_STEP } else { (self.rate / 4).clamp(MIN_COPY_STEP, COPY_STEP) }
+    }
+
+    /// Sleeps after a step of `bytes` bytes as the rate demands, until `must_stop` says so.
+    pub(super) fn wait(&self, bytes: u64, must_stop: &dyn Fn() -> bool) {
+        let Some(nanos) = bytes.saturating_mul(1_000_000_000).checked_div(self.rate) else {
+            return;
+        };
+        let due = Duration::from_nanos(nanos);
+        while self.begun.elapsed() < due && !must_stop() {
+            thread::sleep(due.saturating_sub(self.begun.elapsed()).min(POLL_INTERVAL));
+        }
+    }
+}
 
 /// The destination of a prefetch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,16 +101,24 @@ impl Disk {
                 // One step, however long the range without anything to prefetch is.
                 at = extent.range.end;
             } else {
-                let end = range.end.min(at + COPY_STEP);
-                brought += match copies {
+                let pace = Pace::new(self.prefetch_rate());
+                let end = range.end.min(at + pace.step());
+                let bytes = match copies {
                     true => self.copy_up(at..end, Wait::Yes)?,
                     false => self.warm_cache(at..end, &mut buf)?,
                 };
+                brought += bytes;
+                pace.wait(bytes, &|| self.operations.is_ending() || is_gone());
                 at = end;
             }
             self.operations.report_progress(at - range.start, total);
         }
         Ok(brought)
+    }
+
+    /// The most bytes a second that are fetched of a base on a server before they are read; 0 for no limit.
+    pub(super) fn prefetch_rate(&self) -> u64 {
+        self.described_base().remote().map_or(0, RemoteImage::prefetch_rate)
     }
 
     /// Reads the disk's bytes of `range` into the host's cache.

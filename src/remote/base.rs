@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
@@ -14,11 +15,12 @@ use super::cache::{Cache, Urgency};
 use super::extent_cache::{ExtentCache, ExtentWalk};
 use super::fetcher::Fetcher;
 use super::plan::{Fetches, PlanLimits, Planner};
+use super::trace::{Recorder, Replay};
 use super::transport::{Transport, WritableTransport};
 use crate::arrival::Arrival;
 use crate::config::{RemoteAddress, RemoteSpec};
 use crate::extents::{Extent, ExtentKind};
-use crate::host::os_error;
+use crate::host::{os_error, os_message};
 use crate::identity::Identity;
 use crate::layer::{CopyFn, Layer, Wait};
 
@@ -38,6 +40,13 @@ pub struct RemoteBase {
     fetcher: Arc<Fetcher>,
     planner: Mutex<Planner>,
     extents: Arc<Mutex<KnownExtents>>,
+    trace: Option<TraceUse>,
+}
+
+/// What is done with a trace.
+enum TraceUse {
+    Record(Recorder),
+    Replay(Arc<Replay>),
 }
 
 /// What is known of the extents, and which are asked for.
@@ -92,7 +101,24 @@ impl RemoteBase {
             cache,
             planner: Mutex::new(Planner::new(limits)),
             extents: Arc::default(),
+            trace: None,
         }
+    }
+
+    /// Records the first reads in the file at `file`; where there is one, begins to fetch what it has.
+    ///
+    /// # Errors
+    /// A line without the name of the file.
+    pub(super) fn with_trace(self, file: &Path) -> Result<Self, String> {
+        let trace = match Replay::read(file, self.transport.size())? {
+            None => TraceUse::Record(Recorder::new(file)),
+            Some(replay) => {
+                let started = replay.start(&self.fetcher, self.spec.prefetch_rate);
+                started.map_err(|error| os_message(&error))?;
+                TraceUse::Replay(replay)
+            }
+        };
+        Ok(Self { trace: Some(trace), ..self })
     }
 
     /// Adds the means to change the image, for a commit.
@@ -130,6 +156,30 @@ impl RemoteBase {
     /// Returns the cache.
     pub(super) fn cache(&self) -> &Arc<Cache> {
         &self.cache
+    }
+
+    /// Whether there is periodic work.
+    pub(super) fn needs_maintenance(&self) -> bool {
+        let is_recording = |trace: &TraceUse| match trace {
+            TraceUse::Record(recorder) => recorder.is_recording(),
+            TraceUse::Replay(_) => false,
+        };
+        self.cache.is_persistent() || self.trace.as_ref().is_some_and(is_recording)
+    }
+
+    /// Does the periodic work: keeps a persistent cache in its limits, and writes a trace that is
+    /// complete. Waits for the host.
+    pub(super) fn maintain(&self) {
+        self.cache.maintain();
+        if let Some(TraceUse::Record(recorder)) = &self.trace {
+            recorder.maintain();
+        }
+    }
+
+    /// Whether a trace that has all of `range` is being fetched.
+    fn is_being_replayed(&self, range: &Range<u64>) -> bool {
+        let Some(TraceUse::Replay(replay)) = &self.trace else { return false };
+        replay.is_running() && replay.contains(range)
     }
 
     /// Returns what was asked of the server so far.
@@ -238,7 +288,7 @@ impl RemoteBase {
     /// Begins to fetch what a read of `range` needs and what will probably be read next. Returns the
     /// arrival of the first missing byte.
     fn begin_fetch(&self, range: &Range<u64>) -> Option<Arrival> {
-        let is_exact = self.fetcher.has_failed(range);
+        let is_exact = self.fetcher.has_failed(range) || self.is_being_replayed(range);
         let fetches = match is_exact {
             true => Fetches::default(),
             false => self.planner.lock().on_read(range, |part| self.missing(part)),
@@ -253,8 +303,14 @@ impl RemoteBase {
         first
     }
 
-    /// Tells the planner of a read that the cache has answered.
+    /// Tells the planner of a read that the cache has answered, unless a trace has brought the bytes, and
+    /// what is read next.
     fn note_hit(&self, range: &Range<u64>) {
+        match &self.trace {
+            Some(TraceUse::Record(recorder)) => recorder.note(range),
+            Some(TraceUse::Replay(replay)) if replay.contains(range) => return,
+            Some(TraceUse::Replay(_)) | None => {}
+        }
         // Under contention one read more or less makes no difference to what is read ahead.
         let Some(mut planner) = self.planner.try_lock() else { return };
         let fetches = planner.on_read(range, |part| self.missing(part));
@@ -344,7 +400,12 @@ impl Layer for RemoteBase {
             return Ok((extent, None));
         }
         match self.cache.lend_at(extent.range.clone(), wait, copy)? {
-            Some((range, copied)) => Ok((Extent::new(range, ExtentKind::Data), Some(copied))),
+            Some((range, copied)) => {
+                if let Some(TraceUse::Record(recorder)) = &self.trace {
+                    recorder.note(&range);
+                }
+                Ok((Extent::new(range, ExtentKind::Data), Some(copied)))
+            }
             None => Ok((extent, None)),
         }
     }

@@ -106,20 +106,29 @@ impl RemoteImage {
         }
     }
 
+    /// Returns the most bytes a second that are fetched before they are read; 0 for no limit.
+    #[must_use]
+    pub fn prefetch_rate(&self) -> u64 {
+        match self {
+            Self::Cached(shared) => shared.base().spec().prefetch_rate,
+            Self::Direct(_) => 0,
+        }
+    }
+
     /// Whether there is periodic work on the image.
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
         match self {
-            Self::Cached(shared) => shared.base().cache().is_persistent(),
+            Self::Cached(shared) => shared.base().needs_maintenance(),
             Self::Direct(disk) => disk.needs_maintenance(),
         }
     }
 
-    /// Does the periodic work, every few seconds: keeps a persistent cache in its limits, or notes how
+    /// Does the periodic work, every few seconds: keeps a persistent cache in its limits and writes a trace, or notes how
     /// an image that is written to can be known again. Waits for the host, but not for the server.
     pub fn maintain(&self) {
         match self {
-            Self::Cached(shared) => shared.base().cache().maintain(),
+            Self::Cached(shared) => shared.base().maintain(),
             Self::Direct(disk) => disk.maintain(),
         }
     }

@@ -30,6 +30,7 @@ mod samples;
 mod served;
 mod servers;
 mod tls;
+mod trace;
 mod transport;
 mod waited_extents;
 mod watched_samples;

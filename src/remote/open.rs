@@ -156,7 +156,14 @@ fn open_cached(spec: &RemoteSpec) -> Result<RemoteBase, RemoteError> {
     if !cache.missing(&(0..head.len() as u64)).is_empty() {
         cache.store(0, head, Urgency::Ahead);
     }
-    Ok(base.with_writable(writable))
+    let base = base.with_writable(writable);
+    match &spec.trace {
+        Some(file) => base.with_trace(file).map_err(|why| {
+            let address = spec.address.clone();
+            RemoteError::Refused { address, why: format!("its trace '{}': {why}", file.display()) }
+        }),
+        None => Ok(base),
+    }
 }
 
 /// Discards what is kept in `dir` of the image behind `transport`, which is about to be changed. Returns

@@ -278,3 +278,83 @@ fn a_failed_flush_latches_where_changes_may_be_lost() {
     assert!(disk.write_at(&[1; 512], 0, &UnreachableBelow, Wait::Yes).is_err());
     assert_eq!(*server.flushes.lock(), 3);
 }
+
+#[test]
+fn what_was_read_first_is_fetched_before_it_is_read_the_next_time() {
+    let room = tempfile::tempdir().unwrap();
+    let (file, bytes) = (room.path().join("trace"), pattern(32 << 20));
+    // Small reads all over the image, and a sequential one.
+    let mut reads: Vec<Range<u64>> =
+        (0..60).map(|n| n * 37 % 60 * 512 << 10).map(|at| at..at + 5000).collect();
+    reads.extend((0..8).map(|n| 20 * MIB + n * (128 << 10)..20 * MIB + (n + 1) * (128 << 10)));
+    let with_trace = |server: MemoryServer| {
+        let (server, base) = base(server);
+        let base = Arc::into_inner(base).unwrap().with_trace(&file).unwrap();
+        (server, Arc::new(base))
+    };
+    let read_all = |base: &RemoteBase| {
+        for range in &reads {
+            assert!(read(base, range.clone()).unwrap() == bytes[span(range)]);
+        }
+    };
+    let fetched = |server: &SharedServer| {
+        server.reads.lock().iter().map(|read| read.end - read.start).sum::<u64>()
+    };
+    let (_, recorded) = with_trace(MemoryServer::new(bytes.clone()));
+    read_all(&recorded);
+    assert!(!file.exists());
+    drop(recorded);
+    let text = std::fs::read_to_string(&file).unwrap();
+    let lens =
+        text.lines().skip(1).map(|line| line.split_once(' ').unwrap().1.parse::<u64>().unwrap());
+    let touched = lens.sum::<u64>();
+    // Two of the small reads are in the sequential one.
+    assert_eq!(touched, 58 * 8192 + MIB, "{text}");
+
+    // Without a read all of it comes, and little else.
+    let (server, ahead) = with_trace(MemoryServer::new(bytes.clone()));
+    let until = Instant::now() + Duration::from_secs(20);
+    while fetched(&server) < touched && Instant::now() < until {
+        thread::sleep(Duration::from_millis(1));
+    }
+    read_all(&ahead);
+    let brought = fetched(&server);
+    assert!((touched..touched + touched / 10).contains(&brought), "{brought} for {touched}");
+    // Nor does a reader that is faster.
+    let slow = MemoryServer::new(bytes.clone()).with_delay(Duration::from_millis(5));
+    let (server, ahead) = with_trace(slow);
+    read_all(&ahead);
+    drop(ahead);
+    assert!(fetched(&server) < touched + touched / 10, "{} for {touched}", fetched(&server));
+    // What the trace has not is fetched as ever.
+    let (_, ahead) = with_trace(MemoryServer::new(bytes.clone()));
+    assert!(read(&*ahead, 0..32 * MIB).unwrap() == bytes);
+    std::fs::write(&file, "no trace").unwrap();
+    let (_, other) = base(MemoryServer::new(bytes));
+    let refused = Arc::into_inner(other).unwrap().with_trace(&file).err().unwrap();
+    assert!(refused.contains("it is no trace"), "{refused}");
+}
+
+#[test]
+fn a_trace_is_fetched_at_its_rate() {
+    let room = tempfile::tempdir().unwrap();
+    let file = room.path().join("trace");
+    let ranges: String = (0..64).map(|n| format!("{} 65536\n", n * 262_144)).collect();
+    std::fs::write(&file, format!("cowslip trace 1\n{ranges}")).unwrap();
+    let server = Arc::new(MemoryServer::new(pattern(16 << 20)));
+    let cache = Arc::new(Cache::temporary(16 << 20, 1 << 30).unwrap());
+    let rate = 2 << 20;
+    let spec = RemoteSpec { prefetch_rate: rate, ..RemoteSpec::new(address()) };
+    let identity = identity_of(&*server).unwrap();
+    let (start, before) = (Instant::now(), server.reads.lock().len());
+    let base = RemoteBase::new(&spec, identity, server.clone(), cache).with_trace(&file).unwrap();
+    // 4 MiB take 2 s.
+    while server.reads.lock().len() - before < 64 {
+        let done = (server.reads.lock().len() - before) as u64 * 65536;
+        let may_be = rate * u64::try_from(start.elapsed().as_millis()).unwrap() / 1000 + 65536;
+        assert!(done <= may_be, "{done} after {:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(20));
+        thread::sleep(Duration::from_millis(20));
+    }
+    drop(base);
+}

@@ -431,6 +431,47 @@ fn an_encrypted_server_is_believed_by_its_certificate_alone() {
 }
 
 #[test]
+fn a_trace_brings_the_next_mount_what_this_one_has_read() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 64 * MIB);
+    let nginx = Nginx::start(&lab);
+    let source = format!("vm={},mode=ro,trace=vm.trace", nginx.url("/base.img"));
+    let places: Vec<u64> = (0..40).map(|n| n * 23 % 40 * (3 * MIB / 2)).collect();
+    let read_all = |lab: &Lab| {
+        let (file, base) = (lab.open_ro("m/vm"), lab.open_ro("base.img"));
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).unwrap();
+        for place in &places {
+            assert!(read(&file, *place, 20_000) == read(&base, *place, 20_000));
+        }
+    };
+    // What came with the mount counts, too.
+    let kept = |lab: &Lab| lab.disk("vm")["remote"]["cached"].as_u64().unwrap();
+    lab.mount(&source);
+    read_all(&lab);
+    let before = kept(&lab);
+    lab.umount();
+    let text = fs::read_to_string(lab.path("vm.trace")).unwrap();
+    let lens =
+        text.lines().skip(1).map(|line| line.split_once(' ').unwrap().1.parse::<u64>().unwrap());
+    let touched: u64 = lens.sum();
+    assert!((40 * 20_000..before).contains(&touched), "{touched} of {before}: {text}");
+    lab.mount(&source);
+    wait_until("the trace is fetched", || kept(&lab) >= touched);
+    let asked = requests(&lab).len();
+    read_all(&lab);
+    assert_eq!(requests(&lab).len(), asked);
+    // The head of the image came with the mount.
+    assert!(kept(&lab) <= touched + touched / 10 + 512 * 1024, "{} of {touched}", kept(&lab));
+    lab.umount();
+    assert_eq!(fs::read_to_string(lab.path("vm.trace")).unwrap(), text);
+    lab.sh("echo nonsense >vm.trace");
+    let line = lab.refused(1, &format!("mount m {source}"));
+    assert!(line.contains("vm.trace': it is no trace"), "{line}");
+    let line = lab.refused(1, &format!("mount m {}", source.replace("vm.trace", "/dev/zero")));
+    assert!(line.contains("/dev/zero"), "{line}");
+}
+
+#[test]
 fn the_keys_of_a_server_are_for_every_command_and_every_disk_of_a_store() {
     let mut lab = Lab::new();
     lab.base("base.img", 2 * MIB);

@@ -77,6 +77,15 @@ pub(super) static KEYS: &[DiskKey] = &[
         }),
     ),
     row(
+        "trace",
+        KeyScope::Remote,
+        "FILE",
+        KeySetter::RemotePath(|remote, file| {
+            remote.trace = Some(file);
+        }),
+    ),
+    row("prefetch-rate", KeyScope::Remote, "20M", KeySetter::RemoteSize(set_prefetch_rate)),
+    row(
         "tls-ca",
         KeyScope::Remote,
         "FILE",
@@ -214,6 +223,15 @@ fn set_ahead(remote: &mut RemoteSpec, size: u64) -> Result<(), SpecError> {
         return Err(SpecError::value(size.to_string(), wanted));
     }
     remote.ahead = size;
+    Ok(())
+}
+
+fn set_prefetch_rate(remote: &mut RemoteSpec, rate: u64) -> Result<(), SpecError> {
+    if rate < 4 << 10 {
+        let wanted = "a number of bytes a second: take 4K or more, as in 20M";
+        return Err(SpecError::value(rate.to_string(), wanted));
+    }
+    remote.prefetch_rate = rate;
     Ok(())
 }
 
