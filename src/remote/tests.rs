@@ -285,7 +285,7 @@ fn what_was_read_first_is_fetched_before_it_is_read_the_next_time() {
     let (file, bytes) = (room.path().join("trace"), pattern(32 << 20));
     // Small reads all over the image, and a sequential one.
     let mut reads: Vec<Range<u64>> =
-        (0..60).map(|n| n * 37 % 60 * 512 << 10).map(|at| at..at + 5000).collect();
+        (0..60).map(|n| (n * 37 % 60 * 512) << 10).map(|at| at..at + 5000).collect();
     reads.extend((0..8).map(|n| 20 * MIB + n * (128 << 10)..20 * MIB + (n + 1) * (128 << 10)));
     let with_trace = |server: MemoryServer| {
         let (server, base) = base(server);
