@@ -10,7 +10,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -27,6 +27,9 @@ const RECEIVE_BUFFER: usize = 64 << 10;
 
 /// The most pieces in one sendmsg(2).
 const MAX_PIECES: usize = 64;
+
+/// No request: cookies count from 0.
+const NO_COOKIE: u64 = u64::MAX;
 
 /// What is sent: the encoded requests, and the payload of writes, which is kept for a resend.
 #[derive(Debug)]
@@ -66,6 +69,10 @@ pub(super) struct Connection {
     began: Instant,
     /// When the server was last heard, in milliseconds after `began`.
     heard_ms: AtomicU64,
+    /// When a reply was last complete, in milliseconds after `began`.
+    replied_ms: AtomicU64,
+    /// The request whose reply is being received; [`NO_COOKIE`] between replies.
+    receiving: AtomicU64,
     has_answered: AtomicBool,
 }
 
@@ -78,6 +85,8 @@ impl Connection {
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             began: Instant::now(),
             heard_ms: AtomicU64::new(0),
+            replied_ms: AtomicU64::new(0),
+            receiving: AtomicU64::new(NO_COOKIE),
             has_answered: AtomicBool::new(false),
         })
     }
@@ -155,7 +164,17 @@ impl Connection {
 
     /// Returns when the server was last heard.
     pub(super) fn last_heard(&self) -> Instant {
-        self.began + std::time::Duration::from_millis(self.heard_ms.load(Ordering::Relaxed))
+        self.began + Duration::from_millis(self.heard_ms.load(Ordering::Relaxed))
+    }
+
+    /// Returns when a reply was last complete; the beginning when none was.
+    pub(super) fn last_reply(&self) -> Instant {
+        self.began + Duration::from_millis(self.replied_ms.load(Ordering::Relaxed))
+    }
+
+    /// Returns whether the last bytes that came are a part of the reply to the request `cookie`.
+    pub(super) fn is_receiving(&self, cookie: u64) -> bool {
+        self.receiving.load(Ordering::Relaxed) == cookie
     }
 
     /// Returns whether a request was answered, at least in part, with more than an error.
@@ -199,8 +218,8 @@ impl Connection {
                 },
                 Err(error) => return os_message(&error.into()),
             };
-            let heard_ms = self.began.elapsed().as_millis();
-            self.heard_ms.store(u64::try_from(heard_ms).unwrap_or(u64::MAX), Ordering::Relaxed);
+            let heard_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.heard_ms.store(heard_ms, Ordering::Relaxed);
             for (cookie, expected) in self.announced.lock().drain(..) {
                 replies.expect(cookie, expected);
             }
@@ -209,9 +228,11 @@ impl Connection {
             let fed = replies
                 .advance(in_place, &mut events)
                 .and_then(|()| replies.feed(rest, &mut events));
+            self.receiving.store(replies.receiving().unwrap_or(NO_COOKIE), Ordering::Relaxed);
             // What came before the fault is sound.
             let mut ended = None;
             if !events.is_empty() {
+                self.replied_ms.store(heard_ms, Ordering::Relaxed);
                 // A server that only refuses has not helped anybody.
                 if events.iter().any(|event| event.result.is_ok()) {
                     self.has_answered.store(true, Ordering::Relaxed);

@@ -225,35 +225,47 @@ impl State {
     }
 
     /// Ends the requests whose time is over. Ends connections too: those on which such a change was sent,
-    /// which must not be sent, or done, any later; those on which the server has said nothing since such a
-    /// request was sent; and those on which it has said nothing for `silence` while only reads were open.
-    /// A change may take the server long, and with the connection those would be lost that need a flush.
+    /// which must not be sent, or done, any later; those on which no reply was complete since such a
+    /// request was sent, whatever the server has said; those that still receive such a reply, for which
+    /// others would have to wait; and those on which it has said nothing for `silence`. The last two
+    /// only while nothing but reads is open: a change may take the server long, and with the connection
+    /// those would be lost that need a flush.
     pub(super) fn expire(&mut self, now: Instant, silence: Duration) -> Vec<Outcome> {
         let is_over = |request: &Request| request.deadline <= now;
         let over = self.requests.iter().filter(|(_, request)| is_over(request));
         let mut over: Vec<u64> = over.map(|(cookie, _)| *cookie).collect();
         over.sort_unstable();
+        let has_changes = self.has_changes();
         let mut outcomes = Vec::new();
         for cookie in over {
             let Some(request) = self.remove(cookie) else { continue };
             if let Some((at, since)) = request.sent {
                 let is_change = request.operation.is_change();
-                self.end_connection_if(at, |heard| is_change || heard <= since);
+                self.end_connection_if(at, |open| {
+                    is_change
+                        || open.last_reply() <= since
+                        || !has_changes && open.is_receiving(cookie)
+                });
             }
             outcomes.push(request.operation.fail(libc::ETIMEDOUT));
         }
-        let has_changes = self.changes.answered > self.changes.durable
-            || self.requests.values().any(|request| request.operation.changes_or_flushes());
+        let has_changes = self.has_changes();
         let sent = self.requests.values().filter_map(|request| request.sent);
         for (at, since) in sent.filter(|_| !has_changes) {
-            self.end_connection_if(at, |heard| heard.max(since) + silence <= now);
+            self.end_connection_if(at, |open| open.last_heard().max(since) + silence <= now);
         }
         outcomes
     }
 
-    fn end_connection_if(&self, at: usize, is_silent: impl FnOnce(Instant) -> bool) {
+    /// Whether changes, or a flush of them, are open or may be lost with a connection.
+    fn has_changes(&self) -> bool {
+        self.changes.answered > self.changes.durable
+            || self.requests.values().any(|request| request.operation.changes_or_flushes())
+    }
+
+    fn end_connection_if(&self, at: usize, is_over: impl FnOnce(&Connection) -> bool) {
         let connection = self.slots.get(at).and_then(|slot| slot.connection.as_ref());
-        if let Some(connection) = connection.filter(|open| is_silent(open.last_heard())) {
+        if let Some(connection) = connection.filter(|open| is_over(open)) {
             connection.shut_down();
         }
     }

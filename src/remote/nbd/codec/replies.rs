@@ -14,16 +14,19 @@ mod pending;
 
 use std::collections::HashMap;
 
-use self::payload::{check_count, check_descriptors, descriptor_len, failure_of, push_descriptor};
+use self::payload::{
+    check_count, check_descriptors, check_magic, descriptor_len, failure_of, header_len,
+    push_descriptor,
+};
 pub(crate) use self::pending::{Answer, Event, Expected, Failure, ReplyError};
 use self::pending::{Content, Pending, add, piece, prepare};
 use super::Headers;
 use super::coverage::Coverage;
 use super::status::StatusBuilder;
 use super::wire::{
-    EXTENDED_REPLY_MAGIC, Fields, REPLY_BLOCK_STATUS, REPLY_BLOCK_STATUS_EXT, REPLY_ERROR_BIT,
-    REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA, REPLY_OFFSET_HOLE, SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_MAGIC, errno_of,
+    Fields, REPLY_BLOCK_STATUS, REPLY_BLOCK_STATUS_EXT, REPLY_ERROR_BIT, REPLY_FLAG_DONE,
+    REPLY_NONE, REPLY_OFFSET_DATA, REPLY_OFFSET_HOLE, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
+    errno_of,
 };
 
 /// The longest message of an error: its length has 16 bits, and an offset may follow.
@@ -80,7 +83,7 @@ impl Replies {
             Expected::Extents(range) => Content::Extents { range, builder: None },
             Expected::Done => Content::Done,
         };
-        self.pending.insert(cookie, Pending { content, failure: None });
+        self.pending.insert(cookie, Pending { content, failure: None, barren: 0 });
     }
 
     /// Returns where the next bytes of the server go when they are bytes of a read; empty otherwise.
@@ -90,6 +93,17 @@ impl Replies {
         let Content::Bytes { buf, .. } = &mut chunk.pending.content else { return &mut [] };
         let end = at.saturating_add(usize::try_from(chunk.left).unwrap_or(usize::MAX));
         buf.get_mut(*at..end).unwrap_or_default()
+    }
+
+    /// Returns the request of the chunk whose payload is being read.
+    pub(crate) fn receiving(&self) -> Option<u64> {
+        match &self.state {
+            State::Header => None,
+            State::Prefix { chunk, .. }
+            | State::Data { chunk, .. }
+            | State::Status { chunk }
+            | State::Skip { chunk } => Some(chunk.cookie),
+        }
     }
 
     /// Counts `len` bytes, at most the length of [`direct`](Self::direct), that were put there.
@@ -163,7 +177,7 @@ impl Replies {
         let have = self.scratch.len();
         match &self.state {
             State::Header if have < 4 => 4 - have,
-            State::Header => self.header_len().saturating_sub(have),
+            State::Header => header_len(self.magic()).saturating_sub(have),
             State::Prefix { need, .. } => need.saturating_sub(have),
             State::Status { chunk } => descriptor_len(chunk.kind).saturating_sub(have),
             State::Skip { chunk } => usize::try_from(chunk.left).unwrap_or(usize::MAX),
@@ -195,7 +209,7 @@ impl Replies {
         }
         match &mut self.state {
             // Only the magic number: it says how long the header is.
-            State::Header if self.scratch.len() == 4 => self.check_magic(),
+            State::Header if self.scratch.len() == 4 => check_magic(self.magic(), self.headers),
             State::Header => self.end_header(events),
             State::Prefix { .. } => self.end_prefix(events),
             State::Status { chunk } => {
@@ -209,23 +223,6 @@ impl Replies {
 
     fn magic(&self) -> u32 {
         Fields(&self.scratch).u32().unwrap_or(0)
-    }
-
-    fn header_len(&self) -> usize {
-        match self.magic() {
-            SIMPLE_REPLY_MAGIC => 16,
-            STRUCTURED_REPLY_MAGIC => 20,
-            _ => 32,
-        }
-    }
-
-    fn check_magic(&self) -> Result<(), ReplyError> {
-        match (self.magic(), self.headers) {
-            (SIMPLE_REPLY_MAGIC, Headers::Simple | Headers::Structured)
-            | (STRUCTURED_REPLY_MAGIC, Headers::Structured)
-            | (EXTENDED_REPLY_MAGIC, Headers::Extended) => Ok(()),
-            _ => Err(ReplyError::Magic),
-        }
     }
 
     fn take_pending(&mut self, cookie: u64) -> Result<Pending, ReplyError> {
@@ -348,11 +345,15 @@ impl Replies {
                         *builder = Some(StatusBuilder::new(range));
                         State::Status { chunk }
                     }
-                    false => State::Skip { chunk },
+                    false => {
+                        chunk.pending.count_barren()?;
+                        State::Skip { chunk }
+                    }
                 }
             }
             _ => {
                 let failure = failure_of(fields)?;
+                chunk.pending.count_barren()?;
                 // The first error says what went wrong; the others follow from it.
                 chunk.pending.failure.get_or_insert(failure);
                 State::Skip { chunk }

@@ -1,9 +1,13 @@
-//! The payloads of chunks: descriptors of a block status, and errors.
+//! The beginnings of headers, and the payloads of chunks: descriptors of a block status, and errors.
 
 use super::pending::{Content, Failure, ReplyError};
 use super::{Chunk, Fields};
+use crate::remote::nbd::codec::Headers;
 use crate::remote::nbd::codec::handshake::text_of;
-use crate::remote::nbd::codec::wire::{MAX_DESCRIPTORS, REPLY_BLOCK_STATUS_EXT, errno_of};
+use crate::remote::nbd::codec::wire::{
+    EXTENDED_REPLY_MAGIC, MAX_DESCRIPTORS, REPLY_BLOCK_STATUS_EXT, SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC, errno_of,
+};
 
 pub(super) fn descriptor_len(kind: u16) -> usize {
     if kind == REPLY_BLOCK_STATUS_EXT { 16 } else { 8 }
@@ -47,4 +51,23 @@ pub(super) fn failure_of(mut fields: Fields<'_>) -> Result<Failure, ReplyError> 
     let (value, len) = fields.u32().zip(fields.u16()).ok_or(ReplyError::Length)?;
     let text = fields.bytes(usize::from(len)).ok_or(ReplyError::Length)?;
     Ok(Failure { errno: errno_of(value), text: text_of(text) })
+}
+
+/// Returns the length of a header with the magic number `magic`, one that was checked.
+pub(super) fn header_len(magic: u32) -> usize {
+    match magic {
+        SIMPLE_REPLY_MAGIC => 16,
+        STRUCTURED_REPLY_MAGIC => 20,
+        _ => 32,
+    }
+}
+
+/// Checks that a reply may begin with `magic` where `headers` were agreed on.
+pub(super) fn check_magic(magic: u32, headers: Headers) -> Result<(), ReplyError> {
+    match (magic, headers) {
+        (SIMPLE_REPLY_MAGIC, Headers::Simple | Headers::Structured)
+        | (STRUCTURED_REPLY_MAGIC, Headers::Structured)
+        | (EXTENDED_REPLY_MAGIC, Headers::Extended) => Ok(()),
+        _ => Err(ReplyError::Magic),
+    }
 }

@@ -8,6 +8,10 @@ use crate::extents::Extent;
 use crate::remote::nbd::codec::coverage::{Coverage, CoverageError};
 use crate::remote::nbd::codec::status::StatusBuilder;
 
+/// The most chunks of one reply that bring nothing of what was asked for: errors, and states of other
+/// contexts. A server may tell of each bad sector of a read; none has a reason for as many.
+const MAX_BARREN: u32 = 4096;
+
 /// A reply that makes no sense.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub(crate) enum ReplyError {
@@ -27,6 +31,10 @@ pub(crate) enum ReplyError {
     TooManyPieces,
     #[error("the server broke the protocol: it described a range in more than 2^20 extents")]
     TooManyExtents,
+    #[error(
+        "the server broke the protocol: it sent too many errors, or states that nobody asked for, in one reply"
+    )]
+    TooManyBarren,
 }
 
 /// What a request is to bring.
@@ -74,6 +82,8 @@ pub(crate) struct Event {
 pub(super) struct Pending {
     pub(super) content: Content,
     pub(super) failure: Option<Failure>,
+    /// How many chunks brought nothing of what was asked for.
+    pub(super) barren: u32,
 }
 
 #[derive(Debug)]
@@ -84,6 +94,15 @@ pub(super) enum Content {
 }
 
 impl Pending {
+    /// Counts a chunk that brings nothing of what was asked for.
+    ///
+    /// # Errors
+    /// [`ReplyError::TooManyBarren`].
+    pub(super) fn count_barren(&mut self) -> Result<(), ReplyError> {
+        self.barren += 1;
+        if self.barren > MAX_BARREN { Err(ReplyError::TooManyBarren) } else { Ok(()) }
+    }
+
     pub(super) fn finish(self) -> Result<Answer, Failure> {
         if let Some(failure) = self.failure {
             return Err(failure);

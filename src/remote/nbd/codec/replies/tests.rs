@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::extents::{Extent, ExtentKind};
+use crate::remote::nbd::codec::wire::EXTENDED_REPLY_MAGIC;
 
 /// Encodes a chunk with the headers of `headers`.
 fn chunk(headers: Headers, kind: u16, is_last: bool, cookie: u64, payload: &[u8]) -> Vec<u8> {
@@ -97,6 +98,20 @@ fn more(kind: u16, cookie: u64, payload: &[u8]) -> Vec<u8> {
 fn failure(events: &[Event]) -> (i32, &str) {
     let [Event { result: Err(failure), .. }] = events else { panic!("{events:?}") };
     (failure.errno, &failure.text)
+}
+
+#[test]
+fn a_reply_of_errors_or_of_other_contexts_alone_has_an_end() {
+    let barren = [
+        more(0x8002, 1, &[&error(5, "")[..], &[0; 8]].concat()),
+        more(5, 2, &status(8, &[(1000, 0)])),
+    ];
+    for (message, cookie) in barren.into_iter().zip([1, 2]) {
+        let many = vec![message.clone(); 4096];
+        let end = last(0, cookie, b"");
+        assert_eq!(structured(&[many.concat(), end]).unwrap().len(), 1);
+        assert_eq!(structured(&[many.concat(), message]), Err(ReplyError::TooManyBarren));
+    }
 }
 
 #[test]
