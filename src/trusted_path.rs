@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FsWord, Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::confined::{self, PathHandle, invalid_input, is_own, wrong_type_error};
+use crate::confined::{self, FileAccess, PathHandle, invalid_input, is_own, wrong_type_error};
 use crate::trust::{self, TrustError};
 
 /// Maximum number of links to follow; the kernel's own limit (path_resolution(7)).
@@ -70,6 +70,27 @@ pub fn open_or_create_dirs(path: &Path) -> Result<File, TrustError> {
 /// The host's errno; a line about a link of another user.
 pub fn locate(path: &Path) -> io::Result<PathHandle> {
     PathHandle::of(walk(path)?.file)
+}
+
+/// Opens the regular file or block device at `path` to read it. Whether it may be believed is
+/// [`check_file`]'s to say.
+///
+/// # Errors
+/// The errors of [`locate`]; [`io::ErrorKind::InvalidInput`] for a file of another type.
+pub fn open_input(path: &Path) -> io::Result<File> {
+    locate(path)?.open_input(FileAccess::Read)
+}
+
+/// Refuses `file`, which is open, when another user could have written it or put it where it is. Returns
+/// the path of its directory: absolute, without links.
+///
+/// # Errors
+/// The host's errno; [`io::ErrorKind::InvalidInput`] with a [`TrustError`].
+pub fn check_file(file: &File) -> io::Result<PathBuf> {
+    let mut dir = confined::real_path(file)?;
+    dir.pop();
+    trust::check_file(file, &open_dir(&dir)?).map_err(invalid_trust)?;
+    Ok(dir)
 }
 
 /// Opens the file at `path` to append to it, and to read it if this user may; creates it, for this user

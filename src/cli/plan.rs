@@ -10,7 +10,7 @@ use clap::Args;
 use super::CliError;
 use super::client::check_answers;
 use crate::config::{self, CacheMode, Config, DiskSpec, ServerSpec};
-use crate::confined::{self, FileAccess};
+use crate::confined;
 use crate::host::file_system::{FsKind, HostFs};
 use crate::host::mountinfo;
 use crate::mount::{DaemonMode, MountPlan, OnChangedBase};
@@ -204,16 +204,14 @@ fn read_config(path: &Path, dir: &Path) -> anyhow::Result<Config> {
 /// Reads a file that may contain commands (`to=cmd:`), so that nobody else may write it. Returns its
 /// text, and the real path of the directory of the file itself, which contains no links.
 fn read_trusted(path: &Path) -> anyhow::Result<(String, PathBuf)> {
-    let file = trusted_path::locate(path)?.open_input(FileAccess::Read)?;
-    let real = confined::real_path(&file)?;
-    let dir = real.parent().context("it has no directory")?;
-    trust::check_file(&file, &trusted_path::open_dir(dir)?)?;
+    let file = trusted_path::open_input(path)?;
+    let dir = trusted_path::check_file(&file)?;
     let fs = HostFs::of(&file)?;
     if fs.kind == FsKind::Pseudo {
         anyhow::bail!("it is a {} file of the kernel: name a file", fs.name);
     }
     let bytes = confined::read_to_limit(file, MAX_CONFIG_LEN)?;
-    Ok((String::from_utf8(bytes).context("it is not UTF-8")?, dir.to_owned()))
+    Ok((String::from_utf8(bytes).context("it is not UTF-8")?, dir))
 }
 
 #[cfg(test)]

@@ -393,6 +393,54 @@ fn secrets_of_an_address_and_of_auth_are_shown_nowhere() {
 }
 
 #[test]
+fn another_user_does_not_decide_which_secrets_and_authorities_are_used() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    certify(&lab, "IP:127.0.0.1", "-days 9");
+    let nginx = Nginx::with_tls(&lab);
+    secret(&lab.path("token"), "Authorization: Bearer s3cret\n");
+    // Links of another user to root's files, files that root has put into that user's directory, and
+    // second names of files where everybody may make some.
+    lab.sh("mkdir links own names; chmod 1777 names
+         for file in token ca.pem client.pem client.key; do
+             ln -s ../$file links; cp -p $file own; ln $file names
+         done
+         chown -h 12345 links links/* own");
+    let token = |dir: &str| format!("{},mode=ro,auth={dir}token", nginx.url("/token/base.img"));
+    let tls = |[ca, cert, key]: [&str; 3]| {
+        let url = nginx.tls_url("/known/base.img");
+        format!("{url},mode=ro,tls-ca={ca}ca.pem,tls-cert={cert}client.pem,tls-key={key}client.key")
+    };
+    for (dir, why) in [
+        ("links/", "belongs to another user (uid 12345), who can change it: name what it leads to"),
+        (
+            "own/",
+            "own' belongs to another user (uid 12345), who can change it: move it, or use --trust",
+        ),
+        ("names/", "has more than one name, and another user could have made this one"),
+    ] {
+        for source in [token(dir), tls([dir, "", ""]), tls(["", dir, ""]), tls(["", "", dir])] {
+            let line = lab.refused(1, &format!("mount m vm={source}"));
+            assert!(line.contains(why) && !line.contains("s3cret"), "{source}: {line}");
+        }
+    }
+    lab.sh("rm -r names");
+    let mounts = |lab: &Lab, words: &str| {
+        lab.mount(words);
+        lab.sh("cmp base.img m/vm");
+        lab.umount();
+    };
+    for source in [token("own/"), tls(["own/"; 3])] {
+        mounts(&lab, &format!("vm={source} --trust own"));
+    }
+    // Links of root's lead on.
+    lab.sh("chown -h 0 links links/*");
+    for source in [token("links/"), tls(["links/"; 3])] {
+        mounts(&lab, &format!("vm={source}"));
+    }
+}
+
+#[test]
 fn an_encrypted_server_is_believed_by_its_certificate_alone() {
     let mut lab = Lab::new();
     lab.base("base.img", 2 * MIB);

@@ -18,11 +18,12 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::error::HttpError;
 use crate::config::AuthSource;
-use crate::confined::{self, FileAccess};
+use crate::confined;
 use crate::host::os_message;
 use crate::printable;
 use crate::process::restore_caller_limits;
 use crate::program::stderr::StderrTail;
+use crate::trusted_path;
 
 /// The most bytes of a file, or of what a command prints: tokens have a few KiB, and servers take 8 KiB.
 const MAX_LEN: u64 = 64 << 10;
@@ -120,8 +121,10 @@ fn read(source: &AuthSource, dir: &Path, time: Duration) -> Result<HeaderMap, Ht
             let place = format!("auth='{}'", file.display());
             let failed =
                 |error: io::Error| HttpError::Auth(format!("{place}: {}", os_message(&error)));
-            let opened = confined::open_input(file, FileAccess::Read).map_err(failed)?;
+            // Another user must not decide which of our secrets goes to a server.
+            let opened = trusted_path::open_input(file).map_err(failed)?;
             check_file(&opened, &place)?;
+            trusted_path::check_file(&opened).map_err(failed)?;
             let bytes = confined::read_to_limit(&opened, MAX_LEN).map_err(failed)?;
             (place, bytes)
         }

@@ -67,6 +67,28 @@ fn a_file_is_read_again_when_its_token_is_refused() {
 }
 
 #[test]
+fn a_file_that_another_user_turned_elsewhere_is_not_read_again() {
+    let room = tempfile::tempdir().unwrap();
+    let (file, other) =
+        (secret(room.path(), "Authorization: Bearer old"), room.path().join("other"));
+    let options = HttpOptions {
+        auth: Some(AuthSource::File(file.clone())),
+        io_timeout: Duration::from_secs(2),
+        ..options()
+    };
+    let origin = guarded(|number| if number < 1 { "old".to_owned() } else { "s3cret".to_owned() });
+    let client = open_with(&origin, &options);
+    secret(room.path(), "Authorization: Bearer s3cret");
+    fs::rename(&file, &other).unwrap();
+    std::os::unix::fs::symlink(&other, &file).unwrap();
+    std::os::unix::fs::lchown(&file, Some(12_345), None).unwrap();
+    std::thread::sleep(Duration::from_millis(1050));
+    read(&client, 0..9).unwrap_err();
+    let line = why(&origin, &options);
+    assert!(line.contains("the link '") && line.contains("uid 12345"), "{line}");
+}
+
+#[test]
 fn what_gives_no_header_lines_is_refused_without_showing_it() {
     let room = tempfile::tempdir().unwrap();
     let origin = guarded(|_| "x".to_owned());
