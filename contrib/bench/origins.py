@@ -128,9 +128,14 @@ class Remote(targets.Mount):
 
     name = "cowslip"
 
-    def __init__(self, place: Place, program: Path, origin: "Origin", name: str, cache: Path | None = None):
-        self.origin, self.cache = origin, cache
+    def __init__(
+        self, place: Place, program: Path, origin: "Origin", name: str,
+        cache: Path | None = None, trace: Path | None = None,
+    ):
+        self.origin, self.cache, self.trace = origin, cache, trace
         keys = ",mode=ro"
+        if trace is not None:
+            keys += f",trace={targets.quote(trace)}"
         if cache is not None:
             keys += f",read-cache={targets.quote(cache)},read-cache-size=64G"
         super().__init__(place, program, f"{name}-mount", f"{origin.source.replace(',', ',,')}{keys}")

@@ -54,7 +54,7 @@ class Job:
     """What is done on a target with the caches cold; gives a figure for each of its rows."""
 
     link: Link
-    #: The image it is about: "disk", "cached" (with a cache of its own), "tree" or "huge".
+    #: The image it is about: "disk", "cached" (with a cache of its own), "tree", "traced" or "huge".
     image: str
     run: Callable[["Bench", object], dict[str, float]]
     rows: tuple[Row, ...]
@@ -206,9 +206,31 @@ def boot(bench: Bench, target) -> dict[str, float]:
     """A file system in the disk: mounted, listed, some of its files read."""
     if target.name == LINK:
         return {}
+    target.fresh()
+    moved, touched = read_tree(bench, target)
+    return {"boot": moved["s"], "boot-fetched": moved["down"] / touched}
+
+
+def traced(bench: Bench, target) -> dict[str, float]:
+    """The same, with the trace of a mount before; what comes from the mount on counts."""
+    if target.name == OURS:
+        target.trace.unlink(missing_ok=True)
+    target.fresh()
+    read_tree(bench, target)
+    target.stop()
+    before = target.origin.wire.counts()["down"]
+    target.fresh()
+    moved, touched = read_tree(bench, target)
+    figures = {"traced": moved["s"]}
+    if target.name == OURS:
+        figures["traced-fetched"] = (target.origin.wire.counts()["down"] - before) / touched
+    return figures
+
+
+def read_tree(bench: Bench, target) -> tuple[dict[str, float], int]:
+    """Mounts the file system in the disk, lists it and reads files; what went over the wire, and the bytes read."""
     if os.geteuid() != 0:
         raise Failed("only root can set up a loop device")
-    target.fresh()
     point = bench.place.path / "tree-mounted"
     point.mkdir(exist_ok=True)
     with loop_device(target.path, "-r") as device:
@@ -224,7 +246,7 @@ def boot(bench: Bench, target) -> dict[str, float]:
         touched = sectors_read(device) - touched
     if not touched:
         raise Failed("nothing was read through the loop device")
-    return {"boot": moved["s"], "boot-fetched": moved["down"] / touched}
+    return moved, touched
 
 
 def memory(bench: Bench, target) -> dict[str, float]:
@@ -261,6 +283,10 @@ JOBS = [
     Job(FAR, "tree", boot, (
         Row("boot", "loop mount, ls -R, 200 files", "s", lead=1),
         Row("boot-fetched", "  bytes fetched / touched", "", "<= 2.0"),
+    )),
+    Job(FAR, "traced", traced, (
+        Row("traced", "  the same with a trace, beside a local base", "s", beside=LOCAL),
+        Row("traced-fetched", "  bytes fetched from the mount on / touched", "", "<= 1.1"),
     )),
     Job(NEAR, "disk", sequential, (Row("sequential", "sequential read 1M, cold", "MiB/s", beside=LINK),)),
     Job(NEAR, "disk", random_reads, (
