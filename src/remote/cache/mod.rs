@@ -93,6 +93,16 @@ struct Counters {
     overflowed_bytes: AtomicU64,
 }
 
+/// What is there of a piece of a unit.
+enum Lookup<'a> {
+    /// Not its first byte.
+    Absent,
+    /// A prefix, with blocks that must be compared with their checksum first.
+    Unverified(Range<u64>, u64),
+    /// A prefix, which stays there while the shard is held.
+    Present(RwLockReadGuard<'a, Shard>, Range<u64>),
+}
+
 /// The cache of one image, shared by all disks that have the image as their base.
 pub(crate) struct Cache {
     file: File,
@@ -158,15 +168,28 @@ impl Cache {
         piece: Range<u64>,
         wait: Wait,
     ) -> io::Result<usize> {
-        let Some((shard, found)) = self.present_prefix(unit, &piece, wait)? else { return Ok(0) };
-        let len = byte_len(&found);
-        match host::read_at(&self.file, &mut buf[..len], found.start, wait) {
-            Ok(got) if got == len => Ok(len),
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Err(error),
-            bad => {
-                drop(shard);
-                self.give_up(bad.err());
-                Ok(0)
+        loop {
+            match self.look_up(unit, &piece, wait)? {
+                Lookup::Absent => return Ok(0),
+                Lookup::Unverified(prefix, blocks) => {
+                    let len = byte_len(&prefix);
+                    if self.read_unverified(&mut buf[..len], unit, &prefix, wait)? {
+                        return Ok(len);
+                    }
+                    self.verify(unit, blocks, wait)?;
+                }
+                Lookup::Present(shard, prefix) => {
+                    let len = byte_len(&prefix);
+                    return match host::read_at(&self.file, &mut buf[..len], prefix.start, wait) {
+                        Ok(got) if got == len => Ok(len),
+                        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Err(error),
+                        bad => {
+                            drop(shard);
+                            self.give_up(bad.err());
+                            Ok(0)
+                        }
+                    };
+                }
             }
         }
     }
@@ -180,17 +203,25 @@ impl Cache {
         wait: Wait,
     ) -> io::Result<Option<(RwLockReadGuard<'_, Shard>, Range<u64>)>> {
         loop {
-            let shard = self.units.read(unit, wait)?;
-            let Some(found) = shard.get(&unit) else { return Ok(None) };
-            let Some(prefix) = prefix_of(found, piece) else { return Ok(None) };
-            self.units.touch(found);
-            let unverified = found.unverified & mask_of(&prefix);
-            if unverified == 0 {
-                return Ok(Some((shard, prefix)));
+            match self.look_up(unit, piece, wait)? {
+                Lookup::Absent => return Ok(None),
+                Lookup::Unverified(_, blocks) => self.verify(unit, blocks, wait)?,
+                Lookup::Present(shard, prefix) => return Ok(Some((shard, prefix))),
             }
-            drop(shard);
-            self.verify(unit, unverified, wait)?;
         }
+    }
+
+    /// Looks up the prefix of `piece` that is present in `unit`.
+    fn look_up(&self, unit: u64, piece: &Range<u64>, wait: Wait) -> io::Result<Lookup<'_>> {
+        let shard = self.units.read(unit, wait)?;
+        let Some(found) = shard.get(&unit) else { return Ok(Lookup::Absent) };
+        let Some(prefix) = prefix_of(found, piece) else { return Ok(Lookup::Absent) };
+        self.units.touch(found);
+        let unverified = found.unverified & mask_of(&prefix);
+        Ok(match unverified {
+            0 => Lookup::Present(shard, prefix),
+            _ => Lookup::Unverified(prefix, unverified),
+        })
     }
 
     /// Calls `copy` with the host file and the longest prefix of `range` (bytes) that it holds in one

@@ -4,15 +4,17 @@
 //! may have the one without the other; so bytes that were found at the start are compared with their
 //! checksum before their first use. What does not match is dropped and fetched again.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, IoSlice, Seek, Write};
+use std::ops::Range;
 
 use parking_lot::Mutex;
 
 use super::Cache;
 use super::dir::{ImageDir, MAP_FILE, NEW_MAP_FILE};
 use super::record::{GROUP_BLOCKS, HEADER_LEN, ImageId, MapText, RECORD_LEN, Record, Run, follow};
-use super::units::{UNIT_BLOCKS, Units, runs};
+use super::units::{UNIT_BLOCKS, Units, mask_of, runs};
 use crate::confined;
 use crate::host::{self, os_error};
 use crate::layer::Wait;
@@ -228,7 +230,65 @@ impl Drop for Persistent {
     }
 }
 
+thread_local! {
+    /// What is compared, one run at a time: at most a unit.
+    static VERIFY_BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
 impl Cache {
+    /// Reads `prefix` of `unit`, which is present in part unverified, and compares it while it is in `buf`,
+    /// so that it is read only once. False when it cannot be compared so, or does not match.
+    ///
+    /// # Errors
+    /// `EAGAIN` under [`Wait::No`] when the host would have to wait for some of the bytes.
+    pub(super) fn read_unverified(
+        &self,
+        buf: &mut [u8],
+        unit: u64,
+        prefix: &Range<u64>,
+        wait: Wait,
+    ) -> io::Result<bool> {
+        let Some(persistent) = &self.persistent else { return Ok(false) };
+        let Some(_writing) = self.units.try_lock_writes(unit, wait) else {
+            return Err(os_error(libc::EAGAIN));
+        };
+        let blocks = mask_of(prefix);
+        if self.units.present(unit) & blocks != blocks {
+            return Ok(false);
+        }
+        let unverified = self.units.unverified(unit) & blocks;
+        let is_met = |run: &&Run| run.mask() & unverified != 0;
+        let runs = persistent.found_in(unit).iter().filter(is_met);
+        let mut covered = 0;
+        for run in runs.clone() {
+            let range = run.range(self.size);
+            if range.start < prefix.start || range.end > prefix.end {
+                return Ok(false);
+            }
+            covered |= run.mask();
+        }
+        if unverified & !covered != 0 {
+            return Ok(false);
+        }
+        match host::read_at(&self.file, buf, prefix.start, wait) {
+            Ok(got) if got == buf.len() => {}
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Err(error),
+            _ => return Ok(false),
+        }
+        let is_right = |run: &Run| {
+            let range = run.range(self.size);
+            let within = range.start - prefix.start..range.end - prefix.start;
+            let (start, end) = (usize::try_from(within.start), usize::try_from(within.end));
+            let bytes = start.ok().zip(end.ok()).and_then(|(start, end)| buf.get(start..end));
+            bytes.is_some_and(|bytes| persistent.image.checksum(range.start, bytes) == run.crc)
+        };
+        if !runs.clone().all(is_right) {
+            return Ok(false);
+        }
+        self.units.insert(unit, covered, 0);
+        Ok(true)
+    }
+
     /// Compares the `blocks` of `unit` that were found at the start with their checksums. Those that do
     /// not match are not there any more.
     ///
@@ -241,12 +301,16 @@ impl Cache {
         };
         let unverified = self.units.unverified(unit) & blocks;
         let mut left = unverified;
-        let mut bytes = Vec::new();
+        // New memory costs as much as the copy.
+        let mut bytes = VERIFY_BUFFER.take();
         for run in persistent.found_in(unit).iter().filter(|run| run.mask() & unverified != 0) {
             let range = run.range(self.size);
             bytes.resize(super::byte_len(&range), 0);
             let is_right = match host::read_at(&self.file, &mut bytes, range.start, wait) {
-                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Err(error),
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                    VERIFY_BUFFER.set(bytes);
+                    return Err(error);
+                }
                 Err(_) => false,
                 Ok(len) => {
                     len == bytes.len() && persistent.image.checksum(range.start, &bytes) == run.crc
@@ -259,6 +323,7 @@ impl Cache {
             }
             left &= !run.mask();
         }
+        VERIFY_BUFFER.set(bytes);
         // No record says what these are.
         self.drop_blocks(unit, left);
         Ok(())
