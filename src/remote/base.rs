@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 
 use super::BLOCK_SIZE;
 use super::answer::is_outage;
-use super::cache::{Cache, Urgency};
+use super::cache::{Cache, PlaceLock, Urgency};
 use super::extent_cache::{ExtentCache, ExtentWalk};
 use super::fetcher::Fetcher;
 use super::plan::{Fetches, PlanLimits, Planner};
@@ -41,6 +41,8 @@ pub struct RemoteBase {
     planner: Mutex<Planner>,
     extents: Arc<Mutex<KnownExtents>>,
     trace: Option<TraceUse>,
+    /// The lock on what `read-cache=` keeps of the address.
+    place: Mutex<Option<PlaceLock>>,
 }
 
 /// What is done with a trace.
@@ -102,7 +104,18 @@ impl RemoteBase {
             planner: Mutex::new(Planner::new(limits)),
             extents: Arc::default(),
             trace: None,
+            place: Mutex::default(),
         }
+    }
+
+    /// Holds `lock` for as long as the image is kept.
+    pub(super) fn with_place_lock(self, lock: Option<PlaceLock>) -> Self {
+        Self { place: Mutex::new(lock), ..self }
+    }
+
+    /// Returns the lock on what is kept of the address, for who changes the image.
+    pub(super) fn place_lock(&self) -> &Mutex<Option<PlaceLock>> {
+        &self.place
     }
 
     /// Records the first reads in the file at `file`; where there is one, begins to fetch what it has.
@@ -154,7 +167,7 @@ impl RemoteBase {
     }
 
     /// Returns the cache.
-    pub(super) fn cache(&self) -> &Arc<Cache> {
+    pub(super) fn cache(&self) -> &Cache {
         &self.cache
     }
 

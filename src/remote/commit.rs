@@ -14,7 +14,7 @@ use std::sync::Arc;
 use super::base::RemoteBase;
 use super::error::RemoteError;
 use super::image::RemoteImage;
-use super::open::{base_over, count_users, discard, replace_open, unreadable};
+use super::open::{base_over, count_users, discard, lock_for_change, replace_open, unreadable};
 use super::samples::{check_identity, identity_of};
 use super::writable::RemoteDisk;
 use super::writer_guard::WriterGuard;
@@ -49,10 +49,14 @@ impl RemoteImage {
             let why = "another disk of this mount has it as its base too: remove that disk first";
             return Err(refused(address, why));
         }
+        let mut place = base.place_lock().lock();
+        if let Some(lock) = &*place {
+            lock_for_change(base.spec(), lock)?;
+        }
         discard(base.spec(), base.cache())?;
         let disk = RemoteDisk::new(base.spec().clone(), Arc::clone(transport), Some(guard))
             .map_err(|error| unreadable(address, &error))?;
-        disk.hold_discarded(Some(Arc::clone(base.cache())));
+        disk.hold_place(place.take());
         transport.set_identity_check(disk.identity_check());
         Ok(Arc::new(disk))
     }
@@ -68,7 +72,7 @@ impl RemoteDisk {
         let identity =
             identity_of(&**transport).map_err(|error| unreadable(self.address(), &error))?;
         transport.set_identity_check(check_identity(&**transport, &identity));
-        self.hold_discarded(None);
+        self.hold_place(None);
         let base = base_over(self.spec(), identity, Arc::clone(transport) as _)?;
         let base = Arc::new(base.with_writable(Some(Arc::clone(transport))));
         replace_open(self.spec(), &base);

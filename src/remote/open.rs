@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 
 use super::RemoteDisk;
 use super::base::RemoteBase;
-use super::cache::{Cache, CacheError, CacheRegistry, Urgency};
+use super::cache::{Cache, CacheError, CacheRegistry, PlaceLock, PlaceUse, Urgency};
 use super::error::RemoteError;
 #[cfg(feature = "network")]
 use super::http::{HttpClient, HttpOptions};
@@ -25,7 +25,7 @@ use super::tls::TlsFiles;
 use super::transport::{Transport, WritableTransport};
 use super::writer_guard::{WriterGuard, check_not_written, place_of};
 use crate::config::{Protocol, RemoteAddress, RemoteSpec};
-use crate::host::os_message;
+use crate::host::{is_out_of_space, os_message};
 use crate::identity::Identity;
 
 /// The seconds after which a request fails that no server answers; those of the mount.
@@ -135,13 +135,13 @@ pub fn open_writable(spec: &RemoteSpec) -> Result<Arc<RemoteDisk>, RemoteError> 
         return Err(RemoteError::Refused { address: spec.address.clone(), why: why.to_owned() });
     }
     let client = Arc::new(connect_nbd(spec, Access::ReadWrite)?);
-    let discarded = match &spec.read_cache {
+    let place = match &spec.read_cache {
         Some(dir) => Some(discard_kept(spec, dir, &*client)?),
         None => None,
     };
     let disk = RemoteDisk::new(spec.clone(), client.clone(), Some(guard))
         .map_err(|error| unreadable(&spec.address, &error))?;
-    disk.hold_discarded(discarded);
+    disk.hold_place(place);
     client.set_identity_check(disk.identity_check());
     Ok(Arc::new(disk))
 }
@@ -167,20 +167,50 @@ fn open_cached(spec: &RemoteSpec) -> Result<RemoteBase, RemoteError> {
 }
 
 /// Discards what is kept in `dir` of the image behind `transport`, which is about to be changed. Returns
-/// the cache, which is locked.
+/// the lock under which nobody keeps it again.
 fn discard_kept(
     spec: &RemoteSpec,
     dir: &Path,
     transport: &dyn Transport,
-) -> Result<Arc<Cache>, RemoteError> {
+) -> Result<PlaceLock, RemoteError> {
     let address = &spec.address;
+    let no_cache = |error: CacheError| refused(address, &format!("its read cache: {error}"));
+    let lock = PlaceLock::take(dir, address.as_str(), PlaceUse::Change).map_err(no_cache)?;
+    let lock = lock.ok_or_else(|| in_use(spec))?;
     let identity = identity_of(transport).map_err(|error| unreadable(address, &error))?;
     let no_place = |why: String| RemoteError::Cache { address: address.clone(), why };
     let (known_by, size) = (known_by(address, &identity), transport.size());
     let cache = CACHES.open(Some(dir), known_by.as_bytes(), size, spec.read_cache_size);
     let cache = cache.map_err(|error| no_place(error.to_string()))?;
     discard(spec, &cache)?;
-    Ok(cache)
+    Ok(lock)
+}
+
+/// Takes `lock`, under which an image is kept, for who changes it.
+///
+/// # Errors
+/// [`RemoteError::Refused`] while another mount keeps an image of the address.
+pub(super) fn lock_for_change(spec: &RemoteSpec, lock: &PlaceLock) -> Result<(), RemoteError> {
+    let is_ours = lock.change(PlaceUse::Change);
+    if matches!(is_ours, Ok(true)) {
+        return Ok(());
+    }
+    // The attempt has given up the old lock.
+    match lock.change(PlaceUse::Keep) {
+        Ok(true) => {}
+        _ => log::warn!("'{}': what is kept of it is not locked any more", spec.address),
+    }
+    Err(in_use(spec))
+}
+
+/// Returns the error of a change while others keep the image.
+fn in_use(spec: &RemoteSpec) -> RemoteError {
+    let dir = spec.read_cache.as_deref().unwrap_or(Path::new("")).display();
+    let why = format!(
+        "its read cache '{dir}' cannot be emptied before the image is changed: another mount uses it, \
+         or there is no room: unmount that"
+    );
+    RemoteError::Refused { address: spec.address.clone(), why }
 }
 
 /// Discards `cache`, the cache of the image that `spec` describes, which is about to be changed.
@@ -189,14 +219,8 @@ fn discard_kept(
 /// [`RemoteError::Refused`] when what its directory holds may be found again.
 pub(super) fn discard(spec: &RemoteSpec, cache: &Cache) -> Result<(), RemoteError> {
     let failed = |why| RemoteError::Refused { address: spec.address.clone(), why };
-    if let Some(dir) = &spec.read_cache
-        && !cache.is_persistent()
-    {
-        let dir = dir.display();
-        return Err(failed(format!(
-            "its read cache '{dir}' cannot be emptied before the image is changed: another mount uses it, \
-             or there is no room: unmount that"
-        )));
+    if spec.read_cache.is_some() && !cache.is_persistent() {
+        return Err(in_use(spec));
     }
     cache.discard().map_err(|error| {
         failed(format!("its read cache cannot be emptied: {}", os_message(&error)))
@@ -219,9 +243,27 @@ pub(super) fn base_over(
     let no_place =
         |error: CacheError| RemoteError::Cache { address: address.clone(), why: error.to_string() };
     let known_by = known_by(address, &identity);
-    let dir = spec.read_cache.as_deref();
+    let mut dir = spec.read_cache.as_deref();
+    let mut lock = None;
+    if let Some(kept) = dir {
+        lock = lock_to_keep(kept, address).map_err(no_place)?;
+        dir = dir.filter(|_| lock.is_some());
+    }
     let cache = CACHES.open(dir, known_by.as_bytes(), transport.size(), spec.read_cache_size);
-    Ok(RemoteBase::new(spec, identity, transport, cache.map_err(no_place)?))
+    let base = RemoteBase::new(spec, identity, transport, cache.map_err(no_place)?);
+    Ok(base.with_place_lock(lock))
+}
+
+/// Returns the lock under which `dir` keeps the image at `address`; `None`, with a warning, where it cannot
+/// keep it.
+fn lock_to_keep(dir: &Path, address: &RemoteAddress) -> Result<Option<PlaceLock>, CacheError> {
+    let why = match PlaceLock::take(dir, address.as_str(), PlaceUse::Keep) {
+        Err(CacheError::Dir { error, .. }) if is_out_of_space(&error) => os_message(&error),
+        Ok(None) => format!("another mount changes the image '{address}'"),
+        taken => return taken,
+    };
+    log::warn!("read cache '{}': {why}: a temporary file is used", dir.display());
+    Ok(None)
 }
 
 fn open_nbd(spec: &RemoteSpec) -> Result<Opened, RemoteError> {

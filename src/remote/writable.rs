@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 
 use super::answer::{Answer, answer_of, as_told, read_range};
-use super::cache::Cache;
+use super::cache::PlaceLock;
 use super::transport::{IdentityCheck, MAX_ZERO, WritableTransport};
 use super::waited_extents::WaitedExtents;
 use super::watched_samples::WatchedSamples;
@@ -40,9 +40,8 @@ pub struct RemoteDisk {
     /// The samples by which the image is known after an outage.
     samples: Arc<WatchedSamples>,
     is_latched: AtomicBool,
-    /// The discarded cache of the image in `read-cache=`. While it is held, no other process keeps there
-    /// what is about to be changed.
-    discarded: Mutex<Option<Arc<Cache>>>,
+    /// The lock on what `read-cache=` keeps of the address: nobody keeps what is about to be changed.
+    place: Mutex<Option<PlaceLock>>,
     _guard: Option<WriterGuard>,
 }
 
@@ -66,14 +65,14 @@ impl RemoteDisk {
             durable: AtomicU64::new(0),
             whole_blocks: RwLock::new(()),
             is_latched: AtomicBool::new(false),
-            discarded: Mutex::default(),
+            place: Mutex::default(),
             _guard: guard,
         })
     }
 
-    /// Holds `cache`, which was discarded, until the image is not written to any more.
-    pub(super) fn hold_discarded(&self, cache: Option<Arc<Cache>>) {
-        *self.discarded.lock() = cache;
+    /// Holds `lock` until the image is not written to any more, or `None` is given.
+    pub(super) fn hold_place(&self, lock: Option<PlaceLock>) {
+        *self.place.lock() = lock;
     }
 
     /// Returns the check that a new connection shows the same image.

@@ -3,6 +3,7 @@
 //! ```text
 //!   DIR/read-cache              marks the directory; holds the version
 //!   DIR/<SHA-256>/{data,map}    one image: its bytes, and which these are
+//!   DIR/<SHA-256>.lock          one address: shared by those who keep images of it, held alone by who writes
 //! ```
 //!
 //! Whoever uses an image has its directory locked (flock(2)). The limit holds for the whole DIR: the
@@ -39,8 +40,8 @@ const MAX_MARKER_LEN: u64 = 4 << 10;
 const LOST_AND_FOUND: &str = "lost+found";
 /// Time limit for another process to release an image: one that was killed holds it until its last
 /// thread is gone, and one that looks for room for a moment.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
+pub(super) const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The open directory of the caches.
 pub(super) struct CacheDir {
@@ -139,6 +140,25 @@ impl CacheDir {
                 Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
                 Err(error) => return Err(io(error.into())),
             }
+        }
+    }
+
+    /// Opens the file `name` beside the images; makes it where there is none.
+    ///
+    /// # Errors
+    /// The host's errno; [`io::ErrorKind::InvalidInput`] for something that is no regular file.
+    pub(super) fn open_or_create_file(&self, name: &str) -> io::Result<File> {
+        match confined::open_file(&self.root, name, FileAccess::ReadWrite) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                match confined::create_file(&self.root, name) {
+                    // Another process was faster.
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                        confined::open_file(&self.root, name, FileAccess::ReadWrite)
+                    }
+                    created => created,
+                }
+            }
+            opened => opened,
         }
     }
 

@@ -30,6 +30,7 @@ mod error;
 mod open;
 mod overflow;
 mod persist;
+mod place_lock;
 mod record;
 mod registry;
 mod store;
@@ -48,6 +49,7 @@ pub(crate) use self::error::CacheError;
 use self::overflow::Overflow;
 pub(crate) use self::overflow::Urgency;
 use self::persist::Persistent;
+pub(crate) use self::place_lock::{PlaceLock, PlaceUse};
 pub(crate) use self::registry::CacheRegistry;
 use self::units::{Shard, UNIT_SIZE, Unit, Units, mask_of, pieces, runs};
 use super::BLOCK_SIZE;
@@ -186,6 +188,8 @@ impl Cache {
                         bad => {
                             drop(shard);
                             self.give_up(bad.err());
+                            // Also what was put back meanwhile: it would count as there.
+                            self.units.remove(unit, u64::MAX);
                             Ok(0)
                         }
                     };
