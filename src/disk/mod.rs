@@ -128,6 +128,8 @@ pub struct Disk {
     copy_up: CopyUp,
     hydration: Hydration,
     space_failures: SpaceFailures,
+    /// Merges of layers that failed for lack of space.
+    merge_failures: SpaceFailures,
     /// The base as the overlay's `stack` describes it.
     described_base: Mutex<Arc<BaseDescription>>,
     recovered: Recovered,
@@ -180,6 +182,7 @@ impl Disk {
             copy_up: spec.copy_up,
             hydration: Hydration::default(),
             space_failures: SpaceFailures::default(),
+            merge_failures: SpaceFailures::default(),
             described_base: Mutex::new(Arc::new(description)),
             recovered: Recovered::Clean,
             stream: None,

@@ -44,8 +44,8 @@ pub(super) struct SpaceFailures {
 
 #[derive(Default)]
 struct SpaceFailureState {
-    /// Time of the last failure, and what failed.
-    last_failure: Option<(Instant, &'static str)>,
+    /// Time of the last failure.
+    last_failure: Option<Instant>,
     /// Time of the last log line.
     last_logged: Option<Instant>,
     /// Number of failures since the last log line.
@@ -53,11 +53,11 @@ struct SpaceFailureState {
 }
 
 impl SpaceFailures {
-    /// Records that `what` failed at `now`. Returns the number of failures since the last log line if a new
+    /// Records a failure at `now`. Returns the number of failures since the last log line if a new
     /// line is due.
-    fn record(&self, what: &'static str, now: Instant) -> Option<u64> {
+    fn record(&self, now: Instant) -> Option<u64> {
         let mut state = self.state.lock();
-        state.last_failure = Some((now, what));
+        state.last_failure = Some(now);
         state.unlogged += 1;
         if state.last_logged.is_some_and(|said| now.duration_since(said) < LOG_INTERVAL) {
             return None;
@@ -66,10 +66,10 @@ impl SpaceFailures {
         Some(std::mem::take(&mut state.unlogged))
     }
 
-    /// Returns what failed last, and the time since then, unless it is longer than [`REPORT_PERIOD`].
-    fn last(&self, now: Instant) -> Option<(&'static str, Duration)> {
-        let (failed, what) = self.state.lock().last_failure?;
-        Some((what, now.duration_since(failed))).filter(|(_, since)| *since < REPORT_PERIOD)
+    /// Returns the time since the last failure, unless it is longer than [`REPORT_PERIOD`].
+    fn age(&self, now: Instant) -> Option<Duration> {
+        let failed = self.state.lock().last_failure?;
+        Some(now.duration_since(failed)).filter(|since| *since < REPORT_PERIOD)
     }
 }
 
@@ -89,7 +89,7 @@ impl Disk {
     pub(super) fn note_no_space<T>(&self, done: io::Result<T>) -> io::Result<T> {
         if let Err(error) = &done
             && matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
-            && let Some(times) = self.space_failures.record("a write", Instant::now())
+            && let Some(times) = self.space_failures.record(Instant::now())
         {
             let times = if times > 1 {
                 format!(" ({times} since it was last said)")
@@ -107,7 +107,7 @@ impl Disk {
 
     /// Records that layers were not merged for lack of space.
     pub(super) fn note_unmerged(&self, error: &OperationError) {
-        if self.space_failures.record("the merging of layers", Instant::now()).is_some() {
+        if self.merge_failures.record(Instant::now()).is_some() {
             log::error!("{}: {error}", self.source);
         }
     }
@@ -115,7 +115,10 @@ impl Disk {
     /// Describes the last failure for lack of space, for some minutes after it.
     #[must_use]
     pub fn no_space_status(&self) -> Option<String> {
-        let (what, since) = self.space_failures.last(Instant::now())?;
+        let now = Instant::now();
+        let write = self.space_failures.age(now).map(|since| ("a write", since));
+        let merge = || Some(("the merging of layers", self.merge_failures.age(now)?));
+        let (what, since) = write.or_else(merge)?;
         Some(format!(
             "{what} failed for want of space {} s ago: {}",
             since.as_secs(),
@@ -137,14 +140,14 @@ mod tests {
     #[test]
     fn failures_are_logged_once_a_minute_and_reported_for_ten() {
         let (room, start) = (SpaceFailures::default(), Instant::now());
-        assert_eq!(room.last(start), None);
-        assert_eq!(room.record("a write", start), Some(1));
+        assert_eq!(room.age(start), None);
+        assert_eq!(room.record(start), Some(1));
         for second in 1..60 {
-            assert_eq!(room.record("a write", start + Duration::from_secs(second)), None);
+            assert_eq!(room.record(start + Duration::from_secs(second)), None);
         }
-        assert_eq!(room.record("a merge", start + Duration::from_secs(60)), Some(60));
+        assert_eq!(room.record(start + Duration::from_secs(60)), Some(60));
         let later = start + Duration::from_secs(90);
-        assert_eq!(room.last(later), Some(("a merge", Duration::from_secs(30))));
-        assert_eq!(room.last(start + Duration::from_secs(3600)), None);
+        assert_eq!(room.age(later), Some(Duration::from_secs(30)));
+        assert_eq!(room.age(start + Duration::from_secs(3600)), None);
     }
 }

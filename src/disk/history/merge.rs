@@ -33,17 +33,20 @@ enum MergeOutcome {
 
 impl Disk {
     /// Finds a layer that no name keeps separate from the only layer above it: returns the tree,
-    /// the lower and the upper layer.
+    /// the lower and the upper layer. Layers in `without` are left as they are.
     ///
     /// # Errors
     /// The host's errno when the layers of other disks cannot be determined.
-    fn find_mergeable(&self) -> io::Result<Option<(LayerTree, Uuid, Uuid)>> {
+    fn find_mergeable(
+        &self,
+        without: &HashSet<Uuid>,
+    ) -> io::Result<Option<(LayerTree, Uuid, Uuid)>> {
         let Some(tree) = self.overlay_location.tree() else { return Ok(None) };
         if tree.mergeable(|_| false).is_none() {
             return Ok(None);
         }
         let shared = self.layers_used_by_others()?;
-        let found = tree.mergeable(|uuid| shared.contains(&uuid));
+        let found = tree.mergeable(|uuid| shared.contains(&uuid) || without.contains(&uuid));
         Ok(found.map(|(lower, upper)| (tree, lower, upper)))
     }
 
@@ -52,7 +55,9 @@ impl Disk {
     pub(in crate::disk) fn is_mergeable(&self) -> bool {
         let is_nameless =
             self.overlay_location.tree().is_some_and(|tree| tree.snapshots.is_empty());
-        is_nameless && !self.operations.is_ending() && matches!(self.find_mergeable(), Ok(Some(_)))
+        is_nameless
+            && !self.operations.is_ending()
+            && matches!(self.find_mergeable(&HashSet::new()), Ok(Some(_)))
     }
 
     /// Whether `merge_layers` has work to do, at once or later.
@@ -78,7 +83,10 @@ impl Disk {
     pub fn merge_layers(&self) -> Result<(), OperationError> {
         self.history.merges.forget();
         match self.merge_all() {
-            Ok(MergeOutcome::Complete) => Ok(()),
+            Ok(MergeOutcome::Complete) => {
+                self.history.merges.completed();
+                Ok(())
+            }
             Ok(MergeOutcome::Interrupted) => {
                 self.history.merges.interrupted();
                 Ok(())
@@ -93,17 +101,19 @@ impl Disk {
         }
     }
 
+    /// Merges all that there is room for; what there is none for is the error in the end.
     fn merge_all(&self) -> Result<MergeOutcome, OperationError> {
+        let (mut too_large, mut no_room) = (HashSet::new(), None);
         loop {
             // Begun before the layers are chosen: another operation would change them.
             let Ok(operation) = self.operations.begin_in_background("the merging of layers") else {
                 return Ok(MergeOutcome::Interrupted);
             };
-            let found = self.find_mergeable();
+            let found = self.find_mergeable(&too_large);
             let found =
                 found.map_err(OperationError::io("looking for the layers of other disks"))?;
             let Some((tree, lower, upper)) = found else {
-                return Ok(MergeOutcome::Complete);
+                return no_room.map_or(Ok(MergeOutcome::Complete), Err);
             };
             if self.is_latched() {
                 // Data of a latched disk may read back differently from what was written.
@@ -118,14 +128,20 @@ impl Disk {
                 Err(OperationError::Interrupted | OperationError::WriterStuck) => {
                     return Ok(MergeOutcome::Interrupted);
                 }
+                Err(error @ OperationError::NoRoomToMerge { .. }) => {
+                    // Those above it may fit, and those of other snapshots.
+                    too_large.insert(lower);
+                    no_room = no_room.or(Some(error));
+                }
                 done => done?,
             }
         }
     }
 
     /// Returns the lowest and the highest layer that are merged first of the chain from `upper` down to
-    /// `lower`: all of it, or what lies above a `lower` that is much larger. So a merge that new snapshots
-    /// interrupt again and again does not leave more and more layers.
+    /// `lower`: from the uppermost sealed layer on those that are not much larger than all above them. So a
+    /// merge that new snapshots interrupt again and again does not leave more and more layers, and
+    /// what is copied again is little beside what is copied once.
     fn first_run(
         &self,
         tree: &LayerTree,
@@ -136,17 +152,18 @@ impl Disk {
         let chain = tree.chain(upper);
         let chain = chain.iter().map(|layer| layer.uuid).filter(|uuid| Some(*uuid) != top);
         let mut sealed: Vec<Uuid> = chain.take_while(|uuid| *uuid != lower).collect();
-        let (Some(highest), Some(lowest)) = (sealed.first().copied(), sealed.last().copied())
-        else {
-            return Ok((lower, upper));
-        };
         sealed.push(lower);
-        let layers = self.open_chain(tree, highest)?;
-        let mut data = layers.iter().take(sealed.len()).map(|layer| layer.usage().data).rev();
-        let is_much_larger = data.next().unwrap_or(0) / MUCH_LARGER > data.sum();
-        match is_much_larger && lowest != highest {
-            true => Ok((lowest, highest)),
-            false => Ok((lower, upper)),
+        let layers = self.open_chain(tree, sealed[0])?;
+        let (mut sum, mut count) = (0, 0);
+        for data in layers.iter().take(sealed.len()).map(|layer| layer.usage().data) {
+            if count >= 2 && data / MUCH_LARGER > sum {
+                break;
+            }
+            (sum, count) = (sum + data, count + 1);
+        }
+        match sealed.get(count.max(1) - 1) {
+            Some(lowest) if count < sealed.len() => Ok((*lowest, sealed[0])),
+            _ => Ok((lower, upper)),
         }
     }
 
@@ -154,7 +171,7 @@ impl Disk {
     fn check_room(&self, both: &Sealed, more: u64) -> Result<(), OperationError> {
         let needed = both.visible_usage().iter().map(|usage| usage.data).sum::<u64>() + more;
         let Ok(space) = self.space() else { return Ok(()) };
-        if needed <= space.available || self.shares_blocks() {
+        if needed <= space.available || space.total == 0 || self.shares_blocks() {
             return Ok(());
         }
         Err(OperationError::NoRoomToMerge { needed, free: space.available })

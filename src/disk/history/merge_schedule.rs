@@ -38,9 +38,14 @@ impl MergeSchedule {
         self.0.lock().is_wanted = false;
     }
 
+    /// Notes that all was merged: the next failure is a first one again.
+    pub(super) fn completed(&self) {
+        self.0.lock().retry = None;
+    }
+
     /// Notes that an attempt was interrupted: the next one is due at once.
     pub(super) fn interrupted(&self) {
-        self.0.lock().is_wanted = true;
+        self.want();
     }
 
     /// Notes that an attempt failed at `now`.
@@ -85,8 +90,12 @@ mod tests {
         schedule.want();
         assert!(schedule.is_due(now));
         schedule.failed(now);
-        assert!(schedule.is_due(now + Duration::from_secs(5)));
+        assert!(!schedule.is_due(now) && schedule.is_due(now + Duration::from_secs(5)));
         schedule.interrupted();
+        assert!(schedule.is_due(now));
+        schedule.failed(now);
+        schedule.completed();
+        schedule.failed(now);
         assert!(schedule.is_due(now + Duration::from_secs(5)));
     }
 }
