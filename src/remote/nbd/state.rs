@@ -242,9 +242,8 @@ impl State {
             if let Some((at, since)) = request.sent {
                 let is_change = request.operation.is_change();
                 self.end_connection_if(at, |open| {
-                    is_change
-                        || open.last_reply() <= since
-                        || !has_changes && open.is_receiving(cookie)
+                    let is_stuck = open.last_reply() <= since || open.is_receiving(cookie);
+                    is_change || open.last_heard() <= since || !has_changes && is_stuck
                 });
             }
             outcomes.push(request.operation.fail(libc::ETIMEDOUT));
