@@ -27,8 +27,10 @@ use crate::confined::{self, FileAccess};
 use crate::host::os_message;
 
 const HEADER: &str = "cowslip trace 1";
-/// The most ranges of a trace: at 4 KiB each, 4 GiB.
+/// The ranges of a trace beyond which none is added.
 const MAX_RANGES: usize = 1 << 20;
+/// The most bytes of a trace: 4 GiB, as much as a cache keeps unless it is told otherwise.
+const MAX_LEN: u64 = 4 << 30;
 /// The longest file of a trace in bytes.
 const MAX_FILE_LEN: u64 = 48 << 20;
 /// The bytes of a trace that are fetched in the order of their places rather than of their reads.
@@ -76,12 +78,20 @@ fn blocks(range: &Range<u64>) -> Range<u64> {
 struct Trace {
     ranges: Vec<Range<u64>>,
     blocks: BlockSet,
+    /// The bytes of all ranges.
+    len: u64,
 }
 
 impl Trace {
-    /// Adds what is new of `range`.
+    /// Adds what is new of `range`, up to [`MAX_LEN`] and about [`MAX_RANGES`].
     fn add(&mut self, range: &Range<u64>) {
-        for new in self.blocks.insert(range) {
+        let range = range.start
+            ..range.end.min(range.start.saturating_add(MAX_LEN.saturating_sub(self.len)));
+        if range.is_empty() || self.ranges.len() >= MAX_RANGES {
+            return;
+        }
+        for new in self.blocks.insert(&range) {
+            self.len += new.end - new.start;
             match self.ranges.last_mut() {
                 Some(last) if last.end == new.start => last.end = new.end,
                 _ => self.ranges.push(new),
@@ -118,9 +128,6 @@ impl Trace {
             let range = range.start.min(size)..range.end.min(size);
             if !range.is_empty() {
                 trace.add(&range);
-            }
-            if trace.ranges.len() > MAX_RANGES {
-                return Err(format!("it has more than {MAX_RANGES} ranges"));
             }
         }
         Ok(trace)
@@ -235,5 +242,8 @@ mod tests {
         }
         let much = Trace::parse("cowslip trace 1\n0 9223372036854775807\n", 1 << 20).unwrap();
         assert_eq!(much.to_text(), "cowslip trace 1\n0 1048576\n");
+        // A range may be all of an image that has any size.
+        let huge = Trace::parse("cowslip trace 1\n0 9223372036854775807\n8 9\n", u64::MAX).unwrap();
+        assert_eq!(huge.to_text(), format!("cowslip trace 1\n0 {MAX_LEN}\n"));
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::{MAX_RANGES, Trace};
+use super::Trace;
 use crate::config::Overwrite;
 use crate::host::os_message;
 use crate::part_file::UnnamedFile;
@@ -46,10 +46,7 @@ impl Recorder {
         if !self.is_recording() || Instant::now() >= self.end {
             return;
         }
-        let mut trace = self.trace.lock();
-        if trace.ranges.len() < MAX_RANGES {
-            trace.add(range);
-        }
+        self.trace.lock().add(range);
     }
 
     /// Writes the trace once its time is over. Waits for the host.

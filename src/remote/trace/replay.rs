@@ -16,7 +16,7 @@ use crate::remote::fetcher::Fetcher;
 
 /// The ranges that are wanted at a time. The fetcher sends as many of them as the link takes.
 const WINDOW: usize = 64;
-/// The bytes that are wanted at once under a rate: a few times a second, so long as these are not few.
+/// The bytes that are wanted at once; under a rate a few times a second, so long as these are not few.
 const MIN_STEP: u64 = 64 << 10;
 const MAX_STEP: u64 = 1 << 20;
 /// How often a replay that is paced looks whether its image is closed.
@@ -82,7 +82,7 @@ fn steps(range: &Range<u64>, step: u64) -> impl Iterator<Item = Range<u64>> + us
 fn fetch_all(ranges: &[Range<u64>], fetcher: &Weak<Fetcher>, rate: u64) {
     let mut wanted: VecDeque<Arrival> = VecDeque::new();
     let (begun, mut bytes) = (Instant::now(), 0_u64);
-    let step = if rate == 0 { u64::MAX } else { (rate / 4).clamp(MIN_STEP, MAX_STEP) };
+    let step = if rate == 0 { MAX_STEP } else { (rate / 4).clamp(MIN_STEP, MAX_STEP) };
     for range in ranges.iter().flat_map(|range| steps(range, step)) {
         // Held while something is waited for: so all that was asked for arrives.
         let Some(fetcher) = fetcher.upgrade() else { return };
