@@ -34,11 +34,12 @@ enum Phase {
 }
 
 impl Interruptible {
-    /// Begins the work. An ignored signal stays ignored.
+    /// Begins the work, which makes the directory `part` first. Work that hangs does not remove that itself:
+    /// the signal does it then. An ignored signal stays ignored.
     ///
     /// # Errors
     /// The host's errno.
-    pub(super) fn begin() -> io::Result<Self> {
+    pub(super) fn begin(part: PathBuf) -> io::Result<Self> {
         let shared = Arc::new((Mutex::new(Phase::Working), Condvar::new()));
         let work = Self(Arc::clone(&shared));
         on_signal(move |signal| {
@@ -48,6 +49,9 @@ impl Interruptible {
                 *phase = Phase::Interrupted(signal);
             }
             ended.wait_while_for(&mut phase, |phase| *phase != Phase::Ended, STOP_TIMEOUT);
+            if matches!(*phase, Phase::Interrupted(_)) {
+                remove_path(&part);
+            }
         })?;
         Ok(work)
     }

@@ -36,7 +36,8 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     let image = here.join(&args.image);
     let import = Import::prepare(&image, &here.join(&args.overlay), allow_backing)?;
     let shown = args.overlay.display();
-    let work = Interruptible::begin().with_context(|| format!("overlay '{shown}'"))?;
+    let work = Interruptible::begin(import.part().to_owned())
+        .with_context(|| format!("overlay '{shown}'"))?;
     let imported = import.run(&|| work.is_interrupted(), &|| work.begin_naming());
     work.end();
     let Imported { base, size, changes } = imported?;

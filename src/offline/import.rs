@@ -65,6 +65,11 @@ impl Import {
         Ok(Self { image, allow_backing, dir, part })
     }
 
+    /// Path of the overlay until it is complete.
+    pub(crate) fn part(&self) -> &Path {
+        &self.part
+    }
+
     /// Creates the overlay. `is_interrupted` is asked again and again until the overlay is complete;
     /// `begin_naming` is asked once, before the overlay gets its name.
     ///
