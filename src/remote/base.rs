@@ -15,12 +15,12 @@ use super::cache::{Cache, PlaceLock, Urgency};
 use super::extent_cache::{ExtentCache, ExtentWalk};
 use super::fetcher::Fetcher;
 use super::plan::{Fetches, PlanLimits, Planner};
-use super::trace::{Recorder, Replay};
+use super::trace::TraceUse;
 use super::transport::{Transport, WritableTransport};
 use crate::arrival::Arrival;
 use crate::config::{RemoteAddress, RemoteSpec};
 use crate::extents::{Extent, ExtentKind};
-use crate::host::{os_error, os_message};
+use crate::host::os_error;
 use crate::identity::Identity;
 use crate::layer::{CopyFn, Layer, Wait};
 
@@ -43,12 +43,6 @@ pub struct RemoteBase {
     trace: Option<TraceUse>,
     /// The lock on what `read-cache=` keeps of the address.
     place: Mutex<Option<PlaceLock>>,
-}
-
-/// What is done with a trace.
-enum TraceUse {
-    Record(Recorder),
-    Replay(Arc<Replay>),
 }
 
 /// What is known of the extents, and which are asked for.
@@ -123,14 +117,8 @@ impl RemoteBase {
     /// # Errors
     /// A line without the name of the file.
     pub(super) fn with_trace(self, file: &Path) -> Result<Self, String> {
-        let trace = match Replay::read(file, self.transport.size())? {
-            None => TraceUse::Record(Recorder::new(file)),
-            Some(replay) => {
-                let started = replay.start(&self.fetcher, self.spec.prefetch_rate);
-                started.map_err(|error| os_message(&error))?;
-                TraceUse::Replay(replay)
-            }
-        };
+        let (size, rate) = (self.transport.size(), self.spec.prefetch_rate);
+        let trace = TraceUse::begin(file, size, &self.fetcher, rate)?;
         Ok(Self { trace: Some(trace), ..self })
     }
 
@@ -173,26 +161,14 @@ impl RemoteBase {
 
     /// Whether there is periodic work.
     pub(super) fn needs_maintenance(&self) -> bool {
-        let is_recording = |trace: &TraceUse| match trace {
-            TraceUse::Record(recorder) => recorder.is_recording(),
-            TraceUse::Replay(_) => false,
-        };
-        self.cache.is_persistent() || self.trace.as_ref().is_some_and(is_recording)
+        self.cache.is_persistent() || self.trace.as_ref().is_some_and(TraceUse::needs_maintenance)
     }
 
     /// Does the periodic work: keeps a persistent cache in its limits, and writes a trace that is
     /// complete. Waits for the host.
     pub(super) fn maintain(&self) {
         self.cache.maintain();
-        if let Some(TraceUse::Record(recorder)) = &self.trace {
-            recorder.maintain();
-        }
-    }
-
-    /// Whether a trace that has all of `range` is being fetched.
-    fn is_being_replayed(&self, range: &Range<u64>) -> bool {
-        let Some(TraceUse::Replay(replay)) = &self.trace else { return false };
-        replay.is_running() && replay.contains(range)
+        self.trace.iter().for_each(TraceUse::maintain);
     }
 
     /// Returns what was asked of the server so far.
@@ -301,7 +277,8 @@ impl RemoteBase {
     /// Begins to fetch what a read of `range` needs and what will probably be read next. Returns the
     /// arrival of the first missing byte.
     fn begin_fetch(&self, range: &Range<u64>) -> Option<Arrival> {
-        let is_exact = self.fetcher.has_failed(range) || self.is_being_replayed(range);
+        let is_exact = self.fetcher.has_failed(range)
+            || self.trace.as_ref().is_some_and(|trace| trace.is_bringing(range));
         let fetches = match is_exact {
             true => Fetches::default(),
             false => self.planner.lock().on_read(range, |part| self.missing(part)),
@@ -319,10 +296,8 @@ impl RemoteBase {
     /// Tells the planner of a read that the cache has answered, unless a trace has brought the bytes, and
     /// what is read next.
     fn note_hit(&self, range: &Range<u64>) {
-        match &self.trace {
-            Some(TraceUse::Record(recorder)) => recorder.note(range),
-            Some(TraceUse::Replay(replay)) if replay.contains(range) => return,
-            Some(TraceUse::Replay(_)) | None => {}
+        if self.trace.as_ref().is_some_and(|trace| trace.note_hit(range)) {
+            return;
         }
         // Under contention one read more or less makes no difference to what is read ahead.
         let Some(mut planner) = self.planner.try_lock() else { return };
@@ -414,8 +389,8 @@ impl Layer for RemoteBase {
         }
         match self.cache.lend_at(extent.range.clone(), wait, copy)? {
             Some((range, copied)) => {
-                if let Some(TraceUse::Record(recorder)) = &self.trace {
-                    recorder.note(&range);
+                if let Some(trace) = &self.trace {
+                    trace.note_hit(&range);
                 }
                 Ok((Extent::new(range, ExtentKind::Data), Some(copied)))
             }

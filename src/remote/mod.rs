@@ -5,6 +5,7 @@
 //!     │     │     │           (mode=rw) keeps nothing and asks the transport itself
 //!     │     │     └── cache/  the bytes that were fetched, and which these are
 //!     │     └── plan.rs       what to fetch for a read, and what to read ahead (pure)
+//!     ├── trace/              what is read first: recorded, and fetched ahead the next time
 //!     └── fetcher.rs          each byte once; what somebody waits for first
 //!           └── transport.rs  asks the server, many requests at a time
 //!                 ├── nbd/    the protocols

@@ -256,9 +256,6 @@ impl Cache {
         if range.start >= self.size {
             return Vec::new();
         }
-        if range.start >= self.size {
-            return Vec::new();
-        }
         let start = range.start - range.start % BLOCK_SIZE;
         let end = range.end.checked_next_multiple_of(BLOCK_SIZE).unwrap_or(u64::MAX);
         let mut missing: Vec<Range<u64>> = Vec::new();

@@ -19,10 +19,12 @@ use std::fmt::Write as _;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
-pub(super) use self::record::Recorder;
-pub(super) use self::replay::Replay;
+use self::record::Recorder;
+use self::replay::Replay;
 use super::BLOCK_SIZE;
+use super::fetcher::Fetcher;
 use crate::confined::{self, FileAccess};
 use crate::host::os_message;
 
@@ -37,6 +39,63 @@ const MAX_FILE_LEN: u64 = 48 << 20;
 const BATCH_LEN: u64 = 4 << 20;
 /// Ranges are fetched as one where the gaps between them are at most this part of all of it.
 const MAX_GAP_PART: u64 = 16;
+
+/// What is done with the trace of an image.
+pub(super) enum TraceUse {
+    /// It is recorded.
+    Record(Recorder),
+    /// It is fetched.
+    Replay(Arc<Replay>),
+}
+
+impl TraceUse {
+    /// Records the first reads of an image of `size` bytes in the file at `file`; where there is one, begins
+    /// to fetch what it has, at most `rate` bytes a second (0: no limit).
+    ///
+    /// # Errors
+    /// A line without the name of the file.
+    pub(super) fn begin(
+        file: &Path,
+        size: u64,
+        fetcher: &Arc<Fetcher>,
+        rate: u64,
+    ) -> Result<Self, String> {
+        let Some(replay) = Replay::read(file, size)? else {
+            return Ok(Self::Record(Recorder::new(file)));
+        };
+        replay.start(fetcher, rate).map_err(|error| os_message(&error))?;
+        Ok(Self::Replay(replay))
+    }
+
+    /// Notes that `range` was read from what is kept. Returns whether a trace has brought it, and brings
+    /// what is read next.
+    pub(super) fn note_hit(&self, range: &Range<u64>) -> bool {
+        match self {
+            Self::Record(recorder) => {
+                recorder.note(range);
+                false
+            }
+            Self::Replay(replay) => replay.contains(range),
+        }
+    }
+
+    /// Whether all of `range` is in a trace that is being fetched.
+    pub(super) fn is_bringing(&self, range: &Range<u64>) -> bool {
+        matches!(self, Self::Replay(replay) if replay.is_running() && replay.contains(range))
+    }
+
+    /// Whether there is periodic work.
+    pub(super) fn needs_maintenance(&self) -> bool {
+        matches!(self, Self::Record(recorder) if recorder.is_recording())
+    }
+
+    /// Writes a trace that is complete. Waits for the host.
+    pub(super) fn maintain(&self) {
+        if let Self::Record(recorder) = self {
+            recorder.maintain();
+        }
+    }
+}
 
 /// Blocks of an image, [`BLOCK_SIZE`] bytes each.
 #[derive(Debug, Default)]

@@ -27,7 +27,7 @@ pub(in crate::remote) struct Recorder {
 
 impl Recorder {
     /// Begins to record into the file at `file`, which does not exist yet.
-    pub(in crate::remote) fn new(file: &Path) -> Self {
+    pub(super) fn new(file: &Path) -> Self {
         Self {
             file: file.to_owned(),
             end: Instant::now() + RECORD_TIME,
@@ -37,12 +37,12 @@ impl Recorder {
     }
 
     /// Whether reads are still recorded.
-    pub(in crate::remote) fn is_recording(&self) -> bool {
+    pub(super) fn is_recording(&self) -> bool {
         self.is_recording.load(Ordering::Relaxed)
     }
 
     /// Notes that `range` was read.
-    pub(in crate::remote) fn note(&self, range: &Range<u64>) {
+    pub(super) fn note(&self, range: &Range<u64>) {
         if !self.is_recording() || Instant::now() >= self.end {
             return;
         }
@@ -50,7 +50,7 @@ impl Recorder {
     }
 
     /// Writes the trace once its time is over. Waits for the host.
-    pub(in crate::remote) fn maintain(&self) {
+    pub(super) fn maintain(&self) {
         if Instant::now() >= self.end {
             self.finish();
         }

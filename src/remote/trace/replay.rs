@@ -33,7 +33,7 @@ impl Replay {
     ///
     /// # Errors
     /// A line without the name of the file.
-    pub(in crate::remote) fn read(file: &Path, size: u64) -> Result<Option<Arc<Self>>, String> {
+    pub(super) fn read(file: &Path, size: u64) -> Result<Option<Arc<Self>>, String> {
         let found = Trace::read(file, size)?;
         Ok(found.map(|trace| Arc::new(Self { trace, is_running: AtomicBool::new(false) })))
     }
@@ -43,11 +43,7 @@ impl Replay {
     ///
     /// # Errors
     /// The host's errno, when no thread can be started.
-    pub(in crate::remote) fn start(
-        self: &Arc<Self>,
-        fetcher: &Arc<Fetcher>,
-        rate: u64,
-    ) -> io::Result<()> {
+    pub(super) fn start(self: &Arc<Self>, fetcher: &Arc<Fetcher>, rate: u64) -> io::Result<()> {
         let (this, fetcher) = (Arc::clone(self), Arc::downgrade(fetcher));
         self.is_running.store(true, Ordering::Relaxed);
         let thread = thread::Builder::new().name("cowslip-trace".to_owned());
@@ -59,12 +55,12 @@ impl Replay {
     }
 
     /// Whether the trace has all of `range`, so that nothing besides it is to be fetched for a read.
-    pub(in crate::remote) fn contains(&self, range: &Range<u64>) -> bool {
+    pub(super) fn contains(&self, range: &Range<u64>) -> bool {
         self.trace.blocks.contains(range)
     }
 
     /// Whether bytes of the trace are still being fetched.
-    pub(in crate::remote) fn is_running(&self) -> bool {
+    pub(super) fn is_running(&self) -> bool {
         self.is_running.load(Ordering::Relaxed)
     }
 }
@@ -85,20 +81,19 @@ fn fetch_all(ranges: &[Range<u64>], fetcher: &Weak<Fetcher>, rate: u64) {
     let step = if rate == 0 { MAX_STEP } else { (rate / 4).clamp(MIN_STEP, MAX_STEP) };
     for range in ranges.iter().flat_map(|range| steps(range, step)) {
         // Held while something is waited for: so all that was asked for arrives.
-        let Some(fetcher) = fetcher.upgrade() else { return };
-        wanted.extend(fetcher.fetch(&range, Urgency::Ahead));
+        let Some(open) = fetcher.upgrade() else { return };
+        wanted.extend(open.fetch(&range, Urgency::Ahead));
         if wanted.len() >= WINDOW
             && let Some(oldest) = wanted.pop_front()
         {
             // What fails is fetched when it is read.
             let _ = oldest.wait();
         }
-        let weak = Arc::downgrade(&fetcher);
-        drop(fetcher);
+        drop(open);
         bytes += range.end - range.start;
         let due = bytes.saturating_mul(1_000_000).checked_div(rate).map(Duration::from_micros);
         while let Some(left) = due.and_then(|due| due.checked_sub(begun.elapsed()))
-            && weak.strong_count() > 0
+            && fetcher.strong_count() > 0
         {
             thread::sleep(left.min(POLL_INTERVAL));
         }
