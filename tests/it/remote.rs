@@ -623,7 +623,8 @@ fn zeros_that_take_long_are_done_before_they_are_answered() {
     lab.sh("truncate -s 1G base.img");
     let socket = lab.path("nbd.sock").display().to_string();
     let slow = "delay-zero=1500ms delay-trim=1500ms";
-    let words = format!("-f -U {socket} --filter=delay file base.img {slow}");
+    let filters = "--filter=log --filter=delay";
+    let words = format!("-f -U {socket} {filters} file base.img {slow} logfile=served.log");
     let _server = Server::start(&lab, "nbdkit", &words);
     lab.mount(&format!("-o io_timeout=2 vm={},mode=rw", address(&lab)));
     let file = lab.open("m/vm");
@@ -632,7 +633,13 @@ fn zeros_that_take_long_are_done_before_they_are_answered() {
     file.write_all_at(&[7; 4096], 1000 * MIB).unwrap();
     file.sync_all().unwrap();
     assert!(zeroed);
-    thread::sleep(Duration::from_secs(4));
+    wait_until("the server has done all that it was asked", || {
+        let log = fs::read_to_string(lab.path("served.log")).unwrap();
+        let count = |word: &str| log.matches(word).count();
+        let [zeros, trims] = ["Zero id=", "Trim id="].map(|word| (word, format!("...{word}")));
+        [zeros, trims].iter().all(|(word, done)| count(word) == 2 * count(done))
+            && count(" Zero id=") + count(" Trim id=") > 0
+    });
     assert_eq!(read(&lab.open_ro("base.img"), 1000 * MIB, 4096), [7; 4096]);
     drop(file);
     lab.umount();

@@ -51,7 +51,35 @@ fn scene() -> Scene {
     Scene { dir, taker, guard, data: data.into(), control }
 }
 
-fn eventually(what: impl Fn() -> bool) {
+/// Writes `bytes` into the pipe that the guard `pid` holds open. They arrive only at a command that
+/// has not seen the end of its input.
+fn write_through(pid: u32, bytes: &[u8]) {
+    let held = fs::OpenOptions::new().write(true).open(format!("/proc/{pid}/fd/1"));
+    held.expect("the guard holds the pipe").write_all(bytes).unwrap();
+}
+
+/// Returns the guard that this process has started, as soon as its command line tells it.
+fn guard_of_this_process() -> u32 {
+    let find = || {
+        let tasks = fs::read_dir("/proc/self/task").unwrap().flatten();
+        let children = tasks.flat_map(|task| fs::read_to_string(task.path().join("children")));
+        let pids: Vec<u32> = children
+            .flat_map(|line| line.split(' ').flat_map(str::parse).collect::<Vec<_>>())
+            .collect();
+        pids.into_iter().find(|pid| {
+            let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            words.split(|byte| *byte == 0).any(|word| word == b"__guard")
+        })
+    };
+    let mut found = None;
+    eventually(|| {
+        found = find();
+        found.is_some()
+    });
+    found.unwrap()
+}
+
+fn eventually(mut what: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(20);
     while !what() {
         assert!(Instant::now() < until, "it never came");
@@ -66,8 +94,8 @@ fn command_is_killed_with_its_daemon_and_never_sees_the_end_of_its_input() {
     eventually(|| fs::metadata(dir.path().join("out")).is_ok_and(|out| out.len() == 5000));
     // The kernel closes the files of a killed daemon in any order.
     drop(data);
-    thread::sleep(Duration::from_millis(200));
-    assert!(taker.try_wait().unwrap().is_none(), "the end of the pipe was seen");
+    write_through(guard.id(), &[2; 1000]);
+    eventually(|| fs::metadata(dir.path().join("out")).is_ok_and(|out| out.len() == 6000));
     drop(control);
     assert_eq!(taker.wait().unwrap().signal(), Some(libc::SIGKILL));
     assert!(guard.wait().unwrap().success());
@@ -98,11 +126,10 @@ fn guard_ignores_sigterm() {
     });
     rustix::process::kill_process(Pid::from_child(&guard), Signal::TERM).unwrap();
     drop(data);
-    thread::sleep(Duration::from_millis(100));
-    assert!(guard.try_wait().unwrap().is_none() && taker.try_wait().unwrap().is_none());
     drop(control);
+    // Without its guard, the command would have seen the end of its input.
     assert_eq!(taker.wait().unwrap().signal(), Some(libc::SIGKILL));
-    guard.wait().unwrap();
+    assert!(guard.wait().unwrap().success());
 }
 
 #[test]
@@ -144,7 +171,8 @@ fn unreleased_pipeline_outlives_its_pipe_and_is_killed_unfinished() {
     let (pipeline, data) = pipeline(dir.path());
     rustix::io::write(&data, &[1; 1000]).unwrap();
     drop(data);
-    thread::sleep(Duration::from_millis(200));
+    write_through(guard_of_this_process(), &[2; 1000]);
+    eventually(|| fs::metadata(dir.path().join("out")).is_ok_and(|out| out.len() == 2000));
     assert!(!pipeline.has_ended(), "nothing held the pipe");
     pipeline.kill();
     assert_eq!(pipeline.failure().unwrap(), "'sh' was killed by signal 9");

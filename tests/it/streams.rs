@@ -243,7 +243,7 @@ fn finish_waits_for_writers_and_can_be_repeated() {
 #[test]
 fn incomplete_image_is_never_taken_for_a_complete_one() {
     let lab = Lab::new();
-    let sink = "o=stream:32M,window=1M,to=cmd:sh -c 'cat > out; touch whole'";
+    let sink = "o=stream:32M,window=1M,to=cmd:sh -c 'echo $$ > pid; cat > out; touch whole'";
     // The producer fails.
     let output = run(&lab, &[sink], "head -c 8M /dev/urandom > $COWSLIP_MNT/o; exit 7");
     assert_eq!(output.status.code(), Some(7), "{}", show(&output));
@@ -258,8 +258,10 @@ fn incomplete_image_is_never_taken_for_a_complete_one() {
     // The daemon is killed.
     mount(&lab, &[sink]);
     lab.sh("head -c 8M /dev/urandom > m/o");
+    let sink_pid = fs::read_to_string(lab.path("pid")).unwrap().trim().parse().unwrap();
+    assert!(is_alive(sink_pid));
     lab.kill();
-    std::thread::sleep(Duration::from_millis(300));
+    wait_until("the sink has ended", || !is_alive(sink_pid));
     lab.ok("umount m");
     assert!(!lab.path("whole").exists());
     // A complete image, for comparison.
@@ -336,9 +338,9 @@ fn stalled_sink_blocks_only_its_writers() {
     wait_until("the sink is stalled", || {
         stream(&lab, "o")["window"]["used"].as_u64().unwrap() > 15 * MIB
     });
-    std::thread::sleep(Duration::from_millis(300));
+    wait_held_up(fio.pid(), libc::SYS_io_getevents, 1);
     let mut dd = spawn(&lab, "exec dd if=/dev/urandom of=m/o bs=1M oflag=direct conv=notrunc");
-    std::thread::sleep(Duration::from_millis(300));
+    wait_held_up(dd.pid(), libc::SYS_write, 1);
     // Other disks are served: far more requests than the kernel's limit of background requests.
     lab.sh("dd if=m/base.img of=/dev/null bs=64k iflag=direct status=none; stat m/o m/base.img");
     lab.sh("fio --name=b --filename=m/base.img --rw=randread --bs=4k --iodepth=64 \
@@ -687,7 +689,7 @@ fn spooled_input_can_be_read_anywhere_and_has_holes() {
     // A read past the bytes received so far waits.
     std::thread::scope(|scope| {
         let ahead = scope.spawn(|| read(&file, 12 * MIB, MIB));
-        std::thread::sleep(Duration::from_millis(100));
+        wait_held_up(std::process::id(), libc::SYS_pread64, 1);
         assert!(!ahead.is_finished());
         writer.write_all(&bytes[4 << 20..]).unwrap();
         assert!(ahead.join().unwrap() == bytes[12 << 20..13 << 20]);
@@ -737,8 +739,7 @@ fn killed_reader_of_a_stalled_input_exits() {
     let lab = Lab::new();
     mount(&lab, &["i=stream:4M,from=cmd:sleep 1000"]);
     let mut reader = spawn(&lab, "exec cat m/i");
-    wait_until("the reader is there", || lab.disk("i")["openers"] == 1);
-    std::thread::sleep(Duration::from_millis(200));
+    wait_held_up(reader.pid(), libc::SYS_read, 1);
     reader.0.kill().unwrap();
     assert!(ends_within(&mut reader.0, WAIT_TIMEOUT), "cat is not released");
 }
@@ -748,10 +749,17 @@ fn run_whose_sink_stalls_at_the_end_can_be_stopped() {
     let lab = Lab::new();
     lab.sh("mkfifo pipe");
     let mut command = lab.command(COWSLIP);
-    command.args(["run", "o=stream:1M,to=fifo:pipe", "--", "touch", "done"]);
+    let lines = "echo $$ $COWSLIP_MNT > started; mv started done";
+    command.args(["run", "o=stream:1M,to=fifo:pipe", "--", "sh", "-euc", lines]);
     let mut run = Running(command.spawn().unwrap());
-    wait_until("the command has ended", || lab.path("done").exists());
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    wait_until("the command is there", || lab.path("done").exists());
+    let done = fs::read_to_string(lab.path("done")).unwrap();
+    let (pid, mountpoint) = done.trim().split_once(' ').unwrap();
+    wait_until("the command has ended", || !is_alive(pid.parse().unwrap()));
+    let status = Path::new(mountpoint).join(".cowslip/o/status");
+    wait_until("the stream is being finished", || {
+        fs::read_to_string(&status).is_ok_and(|status| status.contains("\"finishing\""))
+    });
     signal(run.pid(), Signal::TERM).unwrap();
     wait_until("run ends", || run.0.try_wait().unwrap().is_some());
     assert_eq!(run.0.wait().unwrap().code(), Some(143));
