@@ -43,6 +43,12 @@ pub enum OverlayError {
     /// The `stack` is not the TOML that this version knows.
     #[error("its 'stack' is not understood: {0}")]
     Syntax(String),
+    /// A command serves the base, which is started only when a user names it.
+    #[error(
+        "has a base that a command serves, and no overlay starts one: mount it with that command, \
+         and name the mounted disk"
+    )]
+    Command,
     /// Another version wrote the `stack`.
     #[error(
         "has format version {0}, this cowslip knows version {FORMAT_VERSION}: use a newer cowslip"

@@ -348,6 +348,8 @@ fn a_command_is_started_by_the_user_alone() {
     let checked = lab.cowslip("check vm.cow");
     let said = String::from_utf8_lossy(&checked.stdout);
     assert!(checked.status.code() == Some(3) && said.contains("started only by a mount"), "{said}");
+    let line = one_line(1, &output(&["commit", "vm.cow"]), "commit");
+    assert!(line.contains("mount it with that command, and name the mounted disk"), "{line}");
     let line = one_line(
         1,
         &output(&["mount", "m", &format!("vm={command},overlay=s"), "--store", "s"]),

@@ -33,7 +33,8 @@ pub(in crate::disk) const COMMAND_IN_STORE: &str =
 /// Returns the spec of a disk over the recorded `base`, with every other key at its default.
 ///
 /// # Errors
-/// [`OverlayError::Syntax`] for an unknown format.
+/// [`OverlayError::Syntax`] for an unknown format, [`OverlayError::Command`] for a base that a command
+/// serves.
 pub fn spec_over(name: &str, base: &BaseRecord) -> Result<DiskSpec, OverlayError> {
     let over = |source, format: &String| {
         let known = format.parse();
@@ -51,8 +52,7 @@ pub fn spec_over(name: &str, base: &BaseRecord) -> Result<DiskSpec, OverlayError
             let address = RemoteAddress::parse(address)
                 .map_err(|error| OverlayError::Syntax(error.to_string()))?;
             if address.is_command() {
-                let why = "its base is a command, which no overlay may start: name it yourself";
-                return Err(OverlayError::Syntax(why.to_owned()));
+                return Err(OverlayError::Command);
             }
             over(DiskSource::Remote(Box::new(RemoteSpec::new(address))), format)?
         }
