@@ -7,6 +7,7 @@
 
 mod copy;
 mod file;
+mod file_lock;
 pub mod file_system;
 mod holes;
 pub mod mountinfo;
@@ -23,6 +24,7 @@ pub use self::file::{
     file_size, is_read_only, read_at, read_full, set_nonblocking, start_writeback, sync_dir,
     sync_parent_dir, write_all_at,
 };
+pub use self::file_lock::{LOCK_POLL_INTERVAL, lock_within};
 pub use self::holes::{
     PUNCH_OR_ZERO, allocate, data_end, extent_at, fallocate, is_fallocate_unsupported, next_data,
     punch_hole, whole_device_blocks, zero_by_host,

@@ -10,8 +10,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, FlockOperation};
 use serde::{Deserialize, Serialize};
@@ -19,6 +18,7 @@ use uuid::Uuid;
 
 use super::StoreError;
 use crate::confined::{self, entry_names, foreign_entry_error, open_subdir};
+use crate::host;
 use crate::overlay::error::OverlayError;
 use crate::overlay::persist::{STAGING_PREFIX, STORE_DIRS, remove_layer};
 use crate::overlay::stack::Stack;
@@ -27,8 +27,6 @@ use crate::trusted_path::{open_dir, open_or_create_dirs};
 
 /// Time limit for the previous user of a store to release its lock.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Interval at which the lock is tried again.
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Name of the marker, the file that makes a directory a store.
 const MARKER_FILE: &str = "store";
@@ -310,18 +308,10 @@ pub(crate) struct Leftovers {
 fn lock_root(path: &Path, root: &File) -> Result<(), StoreError> {
     let io = |what| move |error| StoreError::Io { dir: path.to_owned(), what, error };
     trust::check(root).map_err(|error| StoreError::Untrusted { dir: path.to_owned(), error })?;
-    let start = Instant::now();
-    loop {
-        match rustix::fs::flock(root, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(()),
-            // The threads of a daemon that was killed exit one after another, and each holds the
-            // lock.
-            Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < RELEASE_TIMEOUT => {
-                thread::sleep(POLL_INTERVAL);
-            }
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::InUse(path.to_owned())),
-            Err(error) => return Err(io("locking it")(error.into())),
-        }
+    let exclusive = FlockOperation::NonBlockingLockExclusive;
+    match host::lock_within(root, exclusive, RELEASE_TIMEOUT).map_err(io("locking it"))? {
+        true => Ok(()),
+        false => Err(StoreError::InUse(path.to_owned())),
     }
 }
 

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::common::mount::*;
 use crate::common::state::*;
+use rustix::fs::FlockOperation;
 use rustix::process::Signal;
 
 const SIZE: u64 = 2 * MIB;
@@ -245,6 +246,34 @@ const STEPS: u32 = 40;
 
 fn layers(lab: &Lab) -> usize {
     fs::read_dir(lab.path("ov/layers")).unwrap().count()
+}
+
+/// The threads of a killed daemon end one after another, and a child that was just forked has its
+/// parent's files: a lock can outlive its owner for a moment.
+#[test]
+fn sealed_layer_that_a_killed_daemon_still_locks_is_awaited() {
+    let lab = Lab::new();
+    lab.file_with_holes("base.img", MIB);
+    lab.mount("d=base.img,overlay=ov");
+    let file = lab.open("m/d");
+    file.write_all_at(&noise(8192, 1), 4096).unwrap();
+    lab.ok("snapshot m/d one");
+    lab.sh("cp m/d expected");
+    drop(file);
+    lab.kill();
+    lab.ok("umount m");
+    let stack = fs::read_to_string(lab.path("ov/stack")).unwrap();
+    let lowest = stack.split_once("[[layers]]\nuuid = \"").unwrap().1.split('"').next().unwrap();
+    let held = fs::File::open(lab.path(&format!("ov/layers/{lowest}/data"))).unwrap();
+    rustix::fs::flock(&held, FlockOperation::NonBlockingLockExclusive).unwrap();
+    thread::scope(|scope| {
+        let mount = scope.spawn(|| lab.mount("d=base.img,overlay=ov"));
+        thread::sleep(Duration::from_millis(300));
+        drop(held);
+        mount.join().unwrap();
+    });
+    lab.sh("cmp m/d expected; cmp m/.cowslip/d/snapshots/one expected");
+    lab.umount();
 }
 
 /// Sends a request to the daemon without waiting for the reply.

@@ -11,11 +11,15 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FlockOperation};
+use rustix::io::Errno;
 use uuid::Uuid;
 
 use crate::confined::{self, FileAccess, entry_names, foreign_entry_error};
+use crate::host::{LOCK_POLL_INTERVAL, os_error};
 use crate::overlay::error::{LogError, OverlayError};
 use crate::overlay::host_file::{Create, HostFile, LAST_SEGMENT, SEGMENT_LEN};
 use crate::overlay::record::{BootTag, LayerMap};
@@ -26,6 +30,9 @@ use crate::overlay::storage::Storage;
 use crate::overlay::tree::LayerTree;
 use crate::overlay::{Overlay, boot_tag};
 use crate::process::explain_size_error;
+
+/// Time limit for whoever used a layer before to release it.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// An open directory of a layer, in which its log can be replaced.
 struct LayerDir {
@@ -210,6 +217,26 @@ pub(in crate::overlay) fn open_sealed(
     tree: &LayerTree,
     record: &LayerRecord,
 ) -> Result<(Arc<Overlay>, Recovered), OverlayError> {
+    let until = Instant::now() + RELEASE_TIMEOUT;
+    loop {
+        if let Some(opened) = try_open_sealed(layers_dir, tree, record)? {
+            return Ok(opened);
+        }
+        if Instant::now() >= until {
+            let busy = os_error(libc::EWOULDBLOCK);
+            return Err(OverlayError::io("locking a layer to recover it")(busy));
+        }
+        thread::sleep(LOCK_POLL_INTERVAL);
+    }
+}
+
+/// Does the same as [`open_sealed`]; `None` while another process holds the layer, which may change its
+/// files meanwhile.
+fn try_open_sealed(
+    layers_dir: &File,
+    tree: &LayerTree,
+    record: &LayerRecord,
+) -> Result<Option<(Arc<Overlay>, Recovered)>, OverlayError> {
     let in_log = |error| OverlayError::Log { uuid: record.uuid, error };
     let LockedLayer { lock, files } = open_layer_files(layers_dir, record, |_| Ok(()))?;
     let tag = boot_tag::current(layers_dir).map_err(OverlayError::io("reading the boot id"))?;
@@ -218,16 +245,19 @@ pub(in crate::overlay) fn open_sealed(
         let map = recover::load_map(&files, &trusted).map_err(in_log)?;
         recover::check_data(&files, &map).map_err(in_log)?;
         let layer = Overlay::closed(record.block, Arc::clone(&files.data), map, tag);
-        return Ok((Arc::new(layer), Recovered::Clean));
+        return Ok(Some((Arc::new(layer), Recovered::Clean)));
     }
     if is_settled_above(layers_dir, tree, record.uuid) {
         return Err(in_log(end_missing(trusted.scan.good)));
     }
-    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|error| OverlayError::io("locking a layer to recover it")(error.into()))?;
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => return Ok(None),
+        locked => locked
+            .map_err(|error| OverlayError::io("locking a layer to recover it")(error.into()))?,
+    }
     let (layer, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
     layer.close_sealed().map_err(OverlayError::io("closing the log of a recovered layer"))?;
-    Ok((Arc::new(layer), recovered))
+    Ok(Some((Arc::new(layer), recovered)))
 }
 
 /// Returns whether the log of a layer above `uuid` shows that `uuid` was closed in good order.

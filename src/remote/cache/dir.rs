@@ -22,6 +22,7 @@ use rustix::fs::{AtFlags, FlockOperation, Timespec, Timestamps};
 
 use super::error::CacheError;
 use crate::confined::{self, FileAccess, entry_names, open_subdir};
+use crate::host::{self, LOCK_POLL_INTERVAL, os_error};
 use crate::trust::{self, TrustError};
 use crate::trusted_path::open_or_create_dirs;
 
@@ -41,7 +42,6 @@ const LOST_AND_FOUND: &str = "lost+found";
 /// Time limit for another process to release an image: one that was killed holds it until its last
 /// thread is gone, and one that looks for room for a moment.
 pub(super) const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
-pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The open directory of the caches.
 pub(super) struct CacheDir {
@@ -135,7 +135,7 @@ impl CacheDir {
                 // It was removed before it was locked.
                 Ok(()) => {}
                 Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < LOCK_TIMEOUT => {
-                    thread::sleep(POLL_INTERVAL);
+                    thread::sleep(LOCK_POLL_INTERVAL);
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
                 Err(error) => return Err(io(error.into())),
@@ -275,15 +275,9 @@ fn has_mark(path: &Path, root: &File) -> Result<bool, CacheError> {
 /// another mount may be about to do the same.
 fn make_mark(path: &Path, root: &File) -> Result<(), CacheError> {
     let io = |error| CacheError::Dir { dir: path.to_owned(), error };
-    let start = Instant::now();
-    loop {
-        match rustix::fs::flock(root, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => break,
-            Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < LOCK_TIMEOUT => {
-                thread::sleep(POLL_INTERVAL);
-            }
-            Err(error) => return Err(io(error.into())),
-        }
+    let exclusive = FlockOperation::NonBlockingLockExclusive;
+    if !host::lock_within(root, exclusive, LOCK_TIMEOUT).map_err(io)? {
+        return Err(io(os_error(libc::EWOULDBLOCK)));
     }
     let mark = || {
         if has_mark(path, root)? {

@@ -6,15 +6,13 @@
 use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::thread;
-use std::time::Instant;
 
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use rustix::fs::FlockOperation;
 use sha2::{Digest, Sha256};
 
-use super::dir::{CacheDir, LOCK_TIMEOUT, POLL_INTERVAL};
+use super::dir::{CacheDir, LOCK_TIMEOUT};
 use super::error::CacheError;
+use crate::host;
 
 /// The use of the images of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,15 +53,6 @@ impl PlaceLock {
             PlaceUse::Keep => FlockOperation::NonBlockingLockShared,
             PlaceUse::Change => FlockOperation::NonBlockingLockExclusive,
         };
-        let start = Instant::now();
-        loop {
-            match flock(&self.0, operation) {
-                Err(Errno::WOULDBLOCK) if start.elapsed() < LOCK_TIMEOUT => {
-                    thread::sleep(POLL_INTERVAL);
-                }
-                Err(Errno::WOULDBLOCK) => return Ok(false),
-                locked => return Ok(locked.map(|()| true)?),
-            }
-        }
+        host::lock_within(&self.0, operation, LOCK_TIMEOUT)
     }
 }
