@@ -17,6 +17,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::checksum;
 use crate::config::format_size;
 use crate::host;
 
@@ -163,7 +164,7 @@ pub(crate) struct SampleHash(u32);
 impl SampleHash {
     /// Adds the bytes of the next of the [`sample_positions`].
     pub(crate) fn add(&mut self, sample: &[u8]) {
-        self.0 = crc32c::crc32c_append(self.0, sample);
+        self.0 = checksum::crc32c_append(self.0, sample);
     }
 
     /// Returns the hash of all samples, as in [`Identity::hash`].

@@ -37,7 +37,7 @@
 //! - [`confined`], [`trust`], [`trusted_path`]: which files and directories of others may be opened
 //!   and believed, and which links lead to them.
 //! - [`direct`], [`aligned`]: reading and writing past the host's page cache.
-//! - [`identity`], [`program`], [`arrival`]: what a changed base is noticed by, programs that are
+//! - [`identity`], [`checksum`], [`program`], [`arrival`]: what a changed base is noticed by, CRC32C, programs that are
 //!   started, bytes that are on their way.
 //! - [`part_file`], [`name`], [`printable`], [`process`], [`logging`]: files that get their name
 //!   when they are complete, names in a mount, text for a terminal, limits of the process, the
@@ -50,6 +50,7 @@ mod aligned;
 mod arrival;
 pub mod base;
 pub mod catalog;
+pub mod checksum;
 pub mod cli;
 pub mod config;
 pub mod confined;

@@ -4,6 +4,8 @@
 //!   checksum = "crc32c:0123abcd"
 //! ```
 
+use crate::checksum;
+
 /// Returns the contents of a file that holds `body`.
 pub(super) fn encode(body: &str) -> Vec<u8> {
     format!("{}\n{body}", checksum_line(body)).into_bytes()
@@ -16,5 +18,5 @@ pub(super) fn decode(bytes: &[u8]) -> Option<&str> {
 }
 
 fn checksum_line(body: &str) -> String {
-    format!("checksum = \"crc32c:{:08x}\"", crc32c::crc32c(body.as_bytes()))
+    format!("checksum = \"crc32c:{:08x}\"", checksum::crc32c(body.as_bytes()))
 }

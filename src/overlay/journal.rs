@@ -32,6 +32,7 @@ use super::record::{DecodedRecord, LogRecord, RECORD_LEN};
 use super::record_log::LogDir;
 use super::state::BlockIndex;
 use super::storage::Storage;
+use crate::checksum;
 use crate::layer::Wait;
 
 /// The length of the journal file in bytes: 256 KiB.
@@ -170,8 +171,8 @@ fn read_entry(
 }
 
 fn checksum(uuid: &Uuid, head: &[u8], blocks: &[u8]) -> u32 {
-    let seed = crc32c::crc32c(uuid.as_bytes());
-    crc32c::crc32c_append(crc32c::crc32c_append(seed, head), blocks)
+    let seed = checksum::crc32c(uuid.as_bytes());
+    checksum::crc32c_append(checksum::crc32c_append(seed, head), blocks)
 }
 
 /// Frees the space of a journal whose entries belong to an older log. Best effort, because nothing

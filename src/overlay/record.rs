@@ -13,6 +13,7 @@
 //! The checksum covers bytes 4..32 and is seeded with the layer's uuid, so a record of another
 //! layer is never mistaken for one of this layer.
 
+use crate::checksum;
 use std::ops::Range;
 
 use uuid::Uuid;
@@ -185,7 +186,7 @@ impl LogRecord {
 }
 
 fn checksum(uuid: &Uuid, bytes: &[u8; RECORD_LEN]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(uuid.as_bytes()), &bytes[4..])
+    checksum::crc32c_append(checksum::crc32c(uuid.as_bytes()), &bytes[4..])
 }
 
 /// The state of a layer that its records add up to.

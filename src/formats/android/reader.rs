@@ -6,10 +6,17 @@
 use std::io::{self, Read};
 use std::ops::Range;
 
+use crc_fast::{CrcAlgorithm, Digest};
+
 use super::{CHUNK_HEADER_LEN, CRC32, DONT_CARE, FILL, HEADER_LEN, MAGIC, RAW};
 
 /// Bytes read at a time when skipping unwanted data: 64 KiB.
 const SKIP_CHUNK: usize = 64 << 10;
+
+/// Begins the CRC-32 of zlib, which checksum chunks have.
+fn zlib_digest() -> Digest {
+    Digest::new(CrcAlgorithm::Crc32IsoHdlc)
+}
 
 /// Whether the checksum chunks of an image are verified against its content.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,7 +60,7 @@ pub struct AndroidDecoder<R> {
     unread: u64,
     is_size_returned: bool,
     /// The checksum of everything so far, if checksums are verified.
-    checksum: Option<crc32fast::Hasher>,
+    checksum: Option<Digest>,
 }
 
 /// A reader of the bytes of a data record.
@@ -97,7 +104,7 @@ impl<R: Read> AndroidDecoder<R> {
             position: 0,
             unread: 0,
             is_size_returned: false,
-            checksum: (checksums == Checksums::Verify).then(crc32fast::Hasher::new),
+            checksum: (checksums == Checksums::Verify).then(zlib_digest),
         })
     }
 
@@ -175,7 +182,7 @@ impl<R: Read> AndroidDecoder<R> {
 
     fn verify_checksum(&self, expected: u32) -> io::Result<()> {
         match &self.checksum {
-            Some(sum) if sum.clone().finalize() != expected => {
+            Some(sum) if sum.finalize() != u64::from(expected) => {
                 Err(invalid_data("a checksum of the Android sparse image is wrong: it is damaged"))
             }
             _ => Ok(()),
@@ -188,7 +195,7 @@ impl<R: Read> AndroidDecoder<R> {
         let Some(sum) = &mut self.checksum else {
             return;
         };
-        let mut twice = crc32fast::Hasher::new();
+        let mut twice = zlib_digest();
         twice.update(&value);
         let mut count = len / 4;
         while count > 0 {
@@ -196,7 +203,8 @@ impl<R: Read> AndroidDecoder<R> {
                 sum.combine(&twice);
             }
             count >>= 1;
-            twice.combine(&twice.clone());
+            let once = twice;
+            twice.combine(&once);
         }
     }
 

@@ -14,6 +14,7 @@
 use std::io::{self, Read};
 
 use super::units::{UNIT_BLOCKS, mask_of};
+use crate::checksum;
 use crate::host;
 use crate::remote::BLOCK_SIZE;
 
@@ -39,8 +40,8 @@ pub(super) struct ImageId {
 impl ImageId {
     /// Returns the checksum of `bytes`, those of this image from `offset` on.
     pub(super) fn checksum(&self, offset: u64, bytes: &[u8]) -> u32 {
-        let seed = crc32c::crc32c_append(crc32c::crc32c(&self.hash), &offset.to_le_bytes());
-        crc32c::crc32c_append(seed, bytes)
+        let seed = checksum::crc32c_append(checksum::crc32c(&self.hash), &offset.to_le_bytes());
+        checksum::crc32c_append(seed, bytes)
     }
 
     pub(super) fn header(&self) -> [u8; HEADER_LEN] {
@@ -49,7 +50,7 @@ impl ImageId {
         header[8..12].copy_from_slice(&VERSION.to_le_bytes());
         header[16..24].copy_from_slice(&self.size.to_le_bytes());
         header[24..56].copy_from_slice(&self.hash);
-        let crc = crc32c::crc32c(&header[..60]);
+        let crc = checksum::crc32c(&header[..60]);
         header[60..].copy_from_slice(&crc.to_le_bytes());
         header
     }
