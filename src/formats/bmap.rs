@@ -5,12 +5,18 @@
 //! leaves the rest of the target as it was (a new file gets holes there). The checksum of the bmap
 //! file itself is computed with zeros in its own place. The last block of an image may be cut
 //! short; its checksum then covers the bytes that exist. Source: bmap-tools,
-//! `bmaptools/BmapCreate.py`.
+//! `bmaptools/BmapCreate.py`, and `BmapCopy.py` for what is read.
+
+#[cfg(feature = "network")]
+mod reader;
 
 use std::io::{self, Write};
 use std::ops::Range;
 
 use sha2::{Digest, Sha256};
+
+#[cfg(feature = "network")]
+pub use self::reader::{BmapError, MAX_FILE_LEN};
 
 /// The block size used in the file, in bytes.
 pub const BLOCK_SIZE: u64 = 4096;
@@ -27,6 +33,45 @@ pub struct BmapTotals {
     pub mapped: u64,
     /// The number of ranges of mapped blocks.
     pub ranges: usize,
+}
+
+/// A bmap that was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bmap {
+    /// The size of the image in bytes.
+    pub image_size: u64,
+    /// The size of a block in bytes: a multiple of 512.
+    pub block_size: u64,
+    /// What is mapped: ascending, disjoint and inside the image. All else is zeros.
+    pub ranges: Vec<BmapRange>,
+    /// The SHA-256 of the file.
+    pub digest: [u8; 32],
+}
+
+/// A range of blocks that are mapped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BmapRange {
+    /// The place in the image, in bytes; not empty.
+    pub bytes: Range<u64>,
+    /// The SHA-256 of these bytes, where the bmap has it.
+    pub sum: Option<[u8; 32]>,
+}
+
+impl Bmap {
+    /// Makes sure that the map is what its fields promise, for tests and fuzzing.
+    ///
+    /// # Panics
+    /// Where it is not.
+    #[doc(hidden)]
+    pub fn assert_sound(&self) {
+        let mut end = 0;
+        for BmapRange { bytes, .. } in &self.ranges {
+            assert!(bytes.start >= end && !bytes.is_empty() && bytes.end <= self.image_size);
+            assert!(bytes.start.is_multiple_of(self.block_size));
+            assert!(bytes.end.is_multiple_of(self.block_size) || bytes.end == self.image_size);
+            end = bytes.end;
+        }
+    }
 }
 
 /// Writes the bmap of an image of `size` bytes to `output`.

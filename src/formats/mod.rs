@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | [`rbd`] | `frames=rbd`, `send`, `diff -O rbd` | `recv` |
 //! | [`android`] | `diff -O android-sparse`, `send` | `recv` |
-//! | [`bmap`] | `diff -O bmap` | |
+//! | [`bmap`] | `diff -O bmap` | `bmap=` of an image behind HTTP |
 //! | [`qcow2`] | `diff` | by [`crate::base::qcow2`] |
 
 pub mod android;
