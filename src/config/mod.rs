@@ -42,7 +42,7 @@ pub use disk_parser::{check_cache, check_names, parse_base, parse_disk};
 pub use error::SpecError;
 pub use options::{MountOptions, parse_mount_options};
 pub(crate) use remote::without_queries;
-pub use remote::{AuthSource, Protocol, RemoteAddress, RemoteSpec};
+pub use remote::{AuthSource, BmapSource, Protocol, RemoteAddress, RemoteSpec};
 pub use server::ServerSpec;
 pub use size::{MAX_SIZE, format_size, format_zeroed, is_block_size, parse_range, parse_size};
 pub use stream::{

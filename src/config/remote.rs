@@ -1,12 +1,13 @@
 //! Images on servers: the address, and the keys that say how much is fetched and kept.
 
 use std::borrow::Cow;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::SpecError;
 use super::error::escaped;
+use super::raw_value::absolute;
 
 /// The smallest amount that a read of another place fetches, by default: 256 KiB. At 20 ms a request
 /// it costs a tenth of a second for 10 MB, and nothing that a server would notice.
@@ -48,6 +49,8 @@ pub struct RemoteSpec {
     pub tls_key: Option<PathBuf>,
     /// Where the header lines come from by which an HTTP server knows this side.
     pub auth: Option<AuthSource>,
+    /// The map of a raw image behind HTTP: where it has data, and its checksums.
+    pub bmap: Option<BmapSource>,
     /// The working directory of a command: that of the address, or that of `auth`.
     pub dir: PathBuf,
 }
@@ -59,6 +62,40 @@ pub enum AuthSource {
     File(PathBuf),
     /// What a program prints: its name and its arguments.
     Command(Vec<OsString>),
+}
+
+/// Where the bmap of an image is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BmapSource {
+    /// A file of this host.
+    File(PathBuf),
+    /// Behind HTTP or HTTPS.
+    Url(RemoteAddress),
+}
+
+impl BmapSource {
+    /// Parses the value of `bmap=`; relative paths are joined to `dir`.
+    pub(super) fn parse(text: &OsStr, dir: &Path) -> Result<Self, SpecError> {
+        let Some(text) = text.to_str().filter(|text| RemoteAddress::is_one(text)) else {
+            return Ok(Self::File(absolute(text, dir)?));
+        };
+        let address = RemoteAddress::parse(text)?;
+        match address.protocol() {
+            Protocol::Http => Ok(Self::Url(address)),
+            Protocol::Nbd => {
+                Err(SpecError::Missing("it is a file, or at an address http:// or https://"))
+            }
+        }
+    }
+}
+
+impl fmt::Display for BmapSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(file) => file.display().fmt(f),
+            Self::Url(address) => address.fmt(f),
+        }
+    }
 }
 
 impl RemoteSpec {
@@ -82,6 +119,7 @@ impl RemoteSpec {
             tls_cert: None,
             tls_key: None,
             auth: None,
+            bmap: None,
             dir: PathBuf::from("/"),
         }
     }
@@ -271,7 +309,7 @@ fn end_of_piece(text: &str) -> usize {
 mod tests {
     use std::path::Path;
 
-    use super::{AuthSource, without_queries};
+    use super::{AuthSource, BmapSource, without_queries};
     use crate::config::{DiskMode, DiskSource, Format, SourcePart, parse_disk};
 
     fn parse(text: &str) -> Result<crate::config::DiskSpec, String> {
@@ -327,6 +365,21 @@ mod tests {
     }
 
     #[test]
+    fn a_bmap_is_a_file_or_behind_http() {
+        let of = |text: &str| match parse(text).unwrap().source {
+            DiskSource::Remote(remote) => remote.bmap.unwrap(),
+            other => panic!("{other:?}"),
+        };
+        let file = BmapSource::File("/home/vm.bmap".into());
+        assert_eq!(of("vm=http://h/e,bmap=vm.bmap,mode=ro"), file);
+        let url = of("vm=http://h/e,format=raw,bmap=https://i/e.bmap?s3cret");
+        assert_eq!(url.to_string(), "https://i/e.bmap");
+        assert!(!format!("{url:?}").contains("s3cret"));
+        let BmapSource::Url(address) = url else { panic!() };
+        assert_eq!(address.query(), Some("s3cret"));
+    }
+
+    #[test]
     fn what_no_server_can_be_asked_for_is_refused() {
         for (text, hint) in [
             ("nbd://h/e", "needs a name: write NAME=nbd://h/e"),
@@ -347,6 +400,12 @@ mod tests {
             ("vm=https://h/e?s3cret,lock=off", "'lock' is for files of this host"),
             ("vm=http://h/e,tls-ca=x", "'tls-ca' is for nbds:// and https://"),
             ("vm=nbd://h/e,auth=x", "'auth' is for http:// and https://"),
+            ("vm=nbd://h/e,bmap=x", "'bmap' is for http:// and https://"),
+            ("vm=http://h/e,bmap=x,format=qcow2", "'bmap' is of a raw image, and this one is"),
+            ("vm=http://h/e,bmap=nbd://h/b", "bmap: it is a file, or at an address http://"),
+            ("vm=http://h/e,bmap=http://me:pw@h/b", "can be read by everybody"),
+            ("vm=http://h/e,bmap=", "'bmap' needs a value: write bmap=FILE|URL"),
+            ("v.img,bmap=x", "'bmap' is only for images on servers"),
             ("vm=http://h/e,auth=cmd:", "a program is missing"),
             ("vm=http://h/e,auth=cmd:a | b", "one program prints the header lines"),
             ("vm=http://h/e,auth=cmd:a $B", "cowslip runs no shell"),

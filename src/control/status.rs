@@ -5,10 +5,10 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
 
 use super::api::{
-    BlockOverlayStatus, BufferStatus, DiskState, DiskStatus, HydrationState, LayerStatus,
-    MountState, MountStatus, NeededBuffers, OverlayKindWord, OverlayStatus, PartitionStatus,
-    PeerStatus, Recovery, RemoteBaseStatus, StatusDocument, StreamDirection, StreamState,
-    StreamStatus, UsageStatus,
+    BlockOverlayStatus, BmapStatus, BufferStatus, DiskState, DiskStatus, HydrationState,
+    LayerStatus, MountState, MountStatus, NeededBuffers, OverlayKindWord, OverlayStatus,
+    PartitionStatus, PeerStatus, Recovery, RemoteBaseStatus, StatusDocument, StreamDirection,
+    StreamState, StreamStatus, UsageStatus,
 };
 use super::{Control, json_line};
 use crate::catalog::CatalogEntry;
@@ -100,6 +100,11 @@ impl From<RemoteStatus> for RemoteBaseStatus {
             failures: status.failures,
             waiting: status.waiting.map(|since| since.as_secs()),
             outage: status.outage,
+            bmap: status.sums.map(|sums| BmapStatus {
+                ranges: sums.ranges,
+                verified: sums.verified,
+                mismatch: sums.mismatch.map(|bytes| format!("{}-{}", bytes.start, bytes.end - 1)),
+            }),
         }
     }
 }
@@ -114,6 +119,14 @@ fn disk_state(disk: &Disk) -> (DiskState, Option<String>) {
         let reason =
             "its overlay was removed while it is in use: what is in it ends with the mount";
         return (DiskState::Lost, Some(reason.to_owned()));
+    }
+    if let Some(bytes) = disk.base_mismatch() {
+        let last = bytes.end - 1;
+        let reason = format!(
+            "bytes {} to {last} of its base do not match what its bmap says: reads of the base fail",
+            bytes.start
+        );
+        return (DiskState::Failed, Some(reason));
     }
     match disk.stream().and_then(Stream::failure) {
         Some(reason) => (DiskState::Failed, Some(reason)),

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::Disk;
 use crate::base::formats::BaseFormat;
@@ -276,6 +277,20 @@ impl Disk {
     #[must_use]
     pub fn remote_status(&self) -> Option<RemoteStatus> {
         self.described_base().remote().and_then(RemoteImage::status)
+    }
+
+    /// The bytes of the image below that do not match its bmap, once there are any.
+    #[must_use]
+    pub fn base_mismatch(&self) -> Option<Range<u64>> {
+        self.described_base().remote().and_then(RemoteImage::mismatch).cloned()
+    }
+
+    /// Whether bytes do not match, which is told once: what the kernel has cached is not to be believed.
+    #[must_use]
+    pub fn take_base_mismatch(&self) -> bool {
+        !self.is_mismatch_told.load(Ordering::Relaxed)
+            && self.base_mismatch().is_some()
+            && !self.is_mismatch_told.swap(true, Ordering::Relaxed)
     }
 
     /// Returns the format of the disk's base; `None` for zeros.

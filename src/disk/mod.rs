@@ -139,6 +139,8 @@ pub struct Disk {
     pub pools: Pools,
     /// Set while `maintain` runs.
     maintaining: AtomicBool,
+    /// Set once it was told that the base does not match its bmap.
+    is_mismatch_told: AtomicBool,
     /// Granularity of the bottom's holes in bytes: no hole begins or ends inside one such unit.
     grain: u32,
 }
@@ -188,6 +190,7 @@ impl Disk {
             stream: None,
             pools: Pools::default(),
             maintaining: false.into(),
+            is_mismatch_told: false.into(),
             grain,
         }
     }

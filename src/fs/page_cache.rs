@@ -29,6 +29,8 @@
 //!   whose size is fixed                                 dirty ones wait for the reply    after 1 s
 //!   copy_file_range                dirty ones of others all files of the disk            comes last
 //!   lseek, if pages may be dirty   all files            -                                comes last
+//!   the base is found not to       -                    all files, within a second       -
+//!   match its bmap
 //!   revert, reset                  all files            all files; with another size     comes last
 //!                                                       and cache=writeback the name
 //!   snapshot, diff, clone, commit  all files            -                                comes last
@@ -135,6 +137,11 @@ impl PageCache {
     /// pages back. Only for pool threads.
     pub(super) fn invalidate(&self, disk: &Disk, range: Range<u64>) {
         self.invalidate_except(disk, range, None);
+    }
+
+    /// Drops all pages of a disk, after writing dirty pages back. Only for pool threads.
+    pub(crate) fn drop_all(&self, disk: &Disk) {
+        self.invalidate(disk, WHOLE_DISK);
     }
 
     /// Drops pages as [`invalidate`](Self::invalidate) does, for all files but `file`.

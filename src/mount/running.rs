@@ -40,6 +40,7 @@ pub(super) fn tick(shared: &Arc<FsContext>, stop: &AtomicBool) {
         for disk in &disks {
             disk.tick_stream();
             disk.release_expired();
+            drop_unmatched_pages(shared, disk);
         }
         seconds += 1;
         if seconds < MAINTENANCE_SECS {
@@ -73,6 +74,16 @@ pub(super) fn tick(shared: &Arc<FsContext>, stop: &AtomicBool) {
                 }));
             }
         }
+    }
+}
+
+/// Drops what the kernel has cached of a disk whose base was found not to match its bmap: some of it was
+/// answered before.
+fn drop_unmatched_pages(shared: &Arc<FsContext>, disk: &Arc<Disk>) {
+    if disk.take_base_mismatch() {
+        let (cache, target) = (Arc::clone(&shared.page_cache), Arc::clone(disk));
+        let drop_pages = move || cache.drop_all(&target);
+        disk.pools.notify.run(Box::new(drop_pages));
     }
 }
 

@@ -10,16 +10,17 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::BLOCK_SIZE;
-use super::answer::is_outage;
+use super::bmap::{OpenSums, SumStatus};
 use super::cache::{Cache, PlaceLock, Urgency};
-use super::extent_cache::{ExtentCache, ExtentWalk};
 use super::fetcher::Fetcher;
+use super::known_extents::KnownExtents;
 use super::plan::{Fetches, PlanLimits, Planner};
 use super::trace::TraceUse;
 use super::transport::{Transport, WritableTransport};
 use crate::arrival::Arrival;
 use crate::config::{RemoteAddress, RemoteSpec};
 use crate::extents::{Extent, ExtentKind};
+use crate::formats::bmap::Bmap;
 use crate::host::os_error;
 use crate::identity::Identity;
 use crate::layer::{CopyFn, Layer, Wait};
@@ -39,19 +40,11 @@ pub struct RemoteBase {
     cache: Arc<Cache>,
     fetcher: Arc<Fetcher>,
     planner: Mutex<Planner>,
-    extents: Arc<Mutex<KnownExtents>>,
+    extents: KnownExtents,
+    sums: Option<OpenSums>,
     trace: Option<TraceUse>,
     /// The lock on what `read-cache=` keeps of the address.
     place: Mutex<Option<PlaceLock>>,
-}
-
-/// What is known of the extents, and which are asked for.
-#[derive(Default)]
-struct KnownExtents {
-    cache: ExtentCache,
-    walk: ExtentWalk,
-    /// The questions that are not answered yet.
-    asked: Vec<(Range<u64>, Arrival)>,
 }
 
 /// What the user is told of an image on a server.
@@ -75,30 +68,79 @@ pub struct RemoteStatus {
     pub waiting: Option<Duration>,
     /// The reason why there is no connection.
     pub outage: Option<String>,
+    /// What came of the checksums of its bmap, if that has any.
+    pub sums: Option<SumStatus>,
 }
 
 impl RemoteBase {
     /// Makes a base of the image behind `transport`, which is known by `identity`. `spec` has the
-    /// address, and says how much is fetched.
+    /// address, and says how much is fetched; `bmap` says where data is, and what it matches.
+    ///
+    /// # Errors
+    /// The host's errno, when no thread can be started.
     pub(super) fn new(
         spec: &RemoteSpec,
         identity: Identity,
         transport: Arc<dyn Transport>,
         cache: Arc<Cache>,
-    ) -> Self {
+        bmap: Option<&Bmap>,
+    ) -> io::Result<Self> {
         let limits = PlanLimits::new(transport.size(), spec.fetch, spec.ahead, transport.limits());
-        Self {
+        let sums = match bmap {
+            Some(bmap) => OpenSums::new(&spec.address, bmap, &cache)?,
+            None => None,
+        };
+        let to_match = sums.as_ref().map(|sums| Arc::clone(sums.ranges()));
+        let fetcher = Fetcher::new(Arc::clone(&transport), Arc::clone(&cache), to_match);
+        Ok(Self {
             spec: spec.clone(),
             identity,
             writable: None,
             users: AtomicUsize::new(0),
-            fetcher: Fetcher::new(Arc::clone(&transport), Arc::clone(&cache)),
+            fetcher,
             transport,
             cache,
             planner: Mutex::new(Planner::new(limits)),
-            extents: Arc::default(),
+            extents: KnownExtents::new(bmap),
+            sums,
             trace: None,
             place: Mutex::default(),
+        })
+    }
+
+    /// Keeps `head`, the first bytes of the image, which came when it was opened.
+    ///
+    /// # Errors
+    /// `EIO` when they do not match the bmap.
+    pub(super) fn keep_head(&self, mut head: Vec<u8>) -> io::Result<()> {
+        let sums = self.sums.as_ref().map(OpenSums::ranges);
+        if let Some(sums) = sums {
+            if let Some(cut) = sums.cut_at(head.len() as u64) {
+                head.truncate(usize::try_from(cut.start).unwrap_or(0));
+            }
+            sums.check_arrived(0, &head)?;
+        }
+        let bytes = 0..head.len() as u64;
+        if !self.cache.missing(&bytes).is_empty() {
+            self.cache.store(0, head, Urgency::Ahead);
+            sums.iter().for_each(|sums| sums.note_stored(&bytes));
+        }
+        Ok(())
+    }
+
+    /// Returns the bytes of the image that do not match its bmap, once there are any.
+    pub(super) fn mismatch(&self) -> Option<&Range<u64>> {
+        self.sums.as_ref().and_then(|sums| sums.ranges().mismatch())
+    }
+
+    /// Makes sure that nothing was found that does not match the bmap.
+    ///
+    /// # Errors
+    /// `EIO` after that, for good.
+    fn check_sums(&self) -> io::Result<()> {
+        match self.mismatch() {
+            None => Ok(()),
+            Some(_) => Err(os_error(libc::EIO)),
         }
     }
 
@@ -184,6 +226,7 @@ impl RemoteBase {
             failures: counters.failures,
             waiting: self.fetcher.waiting_for(),
             outage: self.transport.outage().map(|(_, why)| why),
+            sums: self.sums.as_ref().map(|sums| sums.ranges().status()),
         }
     }
 
@@ -199,76 +242,17 @@ impl RemoteBase {
         }
     }
 
-    /// Returns the extent at `range.start`, as far as it is known; asks for it otherwise.
-    fn known_extent(&self, range: &Range<u64>) -> Result<Extent, Arrival> {
-        if !self.transport.knows_extents() {
-            return Ok(Extent::new(range.clone(), ExtentKind::Data));
-        }
-        let questions: Vec<_> = {
-            let mut guard = self.extents.lock();
-            let extents = &mut *guard;
-            if let Some(found) = extents.cache.get(range) {
-                return Ok(found);
-            }
-            let asked = extents.asked.iter().find(|(asked, _)| asked.contains(&range.start));
-            if let Some((_, arrival)) = asked {
-                return Err(arrival.clone());
-            }
-            let size = self.transport.size();
-            let questions = extents.walk.questions(range.start, size, &extents.cache);
-            let noted = questions.into_iter().map(|question| (question, Arrival::default()));
-            let noted: Vec<_> = noted.collect();
-            extents.asked.extend(noted.iter().cloned());
-            noted
-        };
-        let first = questions.first().map(|(_, arrival)| arrival.clone());
-        for (question, arrival) in questions {
-            self.ask_extents(question, arrival);
-        }
-        first.map_or_else(|| Ok(Extent::new(range.clone(), ExtentKind::Data)), Err)
-    }
-
-    /// Asks the server for the extents of `stretch`, which is noted as asked for.
-    fn ask_extents(&self, stretch: Range<u64>, arrival: Arrival) {
-        let (shared, asked) = (Arc::clone(&self.extents), stretch.clone());
-        let done = move |result: io::Result<Vec<Extent>>| {
-            let outcome = {
-                let mut extents = shared.lock();
-                extents.asked.retain(|(other, _)| *other != asked);
-                match result {
-                    Ok(found) => {
-                        extents.cache.insert(&found);
-                        Ok(())
-                    }
-                    Err(error) if is_outage(&error) => Err(libc::EIO),
-                    // A server that cannot say holds data, for all that is known.
-                    Err(_) => {
-                        extents.cache.insert(&[Extent::new(asked, ExtentKind::Data)]);
-                        Ok(())
-                    }
-                }
-            };
-            arrival.complete(outcome);
-        };
-        self.transport.extents(stretch, Box::new(done));
-    }
-
     /// Returns what of `range` is neither cached nor on its way, nor known to be zeros.
     fn missing(&self, range: Range<u64>) -> Vec<Range<u64>> {
         let mut missing = Vec::new();
         for part in self.fetcher.missing(&range) {
             let mut at = part.start;
             while at < part.end {
-                let extents = self.extents.lock();
-                let (end, kind) = match extents.cache.get(&(at..part.end)) {
-                    Some(found) => (found.range.end, found.kind),
-                    None => (extents.cache.unknown_end(&(at..part.end)), ExtentKind::Data),
-                };
-                drop(extents);
-                if kind == ExtentKind::Data {
-                    push_joined(&mut missing, at..end);
+                let found = self.extents.probably_at(&(at..part.end));
+                at = found.range.end;
+                if found.kind == ExtentKind::Data {
+                    push_joined(&mut missing, found.range);
                 }
-                at = end;
             }
         }
         missing
@@ -317,16 +301,8 @@ impl RemoteBase {
     /// Returns the kind of the first bytes of `range`, inside the size, when these are known to be
     /// zeros; asks the server, without waiting, when nothing is known.
     fn known_zeros(&self, range: &Range<u64>) -> Option<Extent> {
-        self.known_extent(range).ok().filter(|extent| extent.kind != ExtentKind::Data)
-    }
-
-    /// Returns the prefix of `range` that has data, for all that is known.
-    fn data_prefix(&self, range: &Range<u64>) -> Range<u64> {
-        let end = match self.extents.lock().cache.get(range) {
-            Some(found) => found.range.end,
-            None => range.end,
-        };
-        range.start..end
+        let known = self.extents.at(range, &*self.transport).ok();
+        known.filter(|extent| extent.kind != ExtentKind::Data)
     }
 }
 
@@ -348,7 +324,7 @@ impl Layer for RemoteBase {
         }
         let range = range.start..range.end.min(self.size());
         loop {
-            match self.known_extent(&range) {
+            match self.extents.at(&range, &*self.transport) {
                 Ok(found) => return Ok(found),
                 Err(arrival) => Self::wait_for(Some(arrival), wait)?,
             }
@@ -361,11 +337,13 @@ impl Layer for RemoteBase {
             return Ok(Extent::new(asked, ExtentKind::Hole));
         }
         let range = offset..asked.end.min(self.size());
+        self.check_sums()?;
         if let Some(zeros) = self.known_zeros(&range) {
             return Ok(zeros);
         }
         loop {
-            let data = self.data_prefix(&range);
+            self.check_sums()?;
+            let data = self.extents.data_prefix(&range);
             let len = usize::try_from(data.end - data.start).unwrap_or(usize::MAX).min(buf.len());
             let done = self.cache.read_at(&mut buf[..len], offset, wait)?;
             if done > 0 {
@@ -383,6 +361,7 @@ impl Layer for RemoteBase {
         wait: Wait,
         copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
+        self.check_sums()?;
         let extent = self.extent_at(range, wait)?;
         if extent.kind != ExtentKind::Data {
             return Ok((extent, None));

@@ -73,7 +73,7 @@ impl RemoteDisk {
             identity_of(&**transport).map_err(|error| unreadable(self.address(), &error))?;
         transport.set_identity_check(check_identity(&**transport, &identity));
         self.hold_place(None);
-        let base = base_over(self.spec(), identity, Arc::clone(transport) as _)?;
+        let base = base_over(self.spec(), identity, Arc::clone(transport) as _, None)?;
         let base = Arc::new(base.with_writable(Some(Arc::clone(transport))));
         replace_open(self.spec(), &base);
         Ok(base)

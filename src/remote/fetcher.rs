@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::bmap::RangeSums;
 use super::cache::{Cache, Urgency};
 use super::transport::Transport;
 use crate::arrival::Arrival;
@@ -42,6 +43,8 @@ const FAILURE_UNIT: u64 = 256 << 10;
 pub(super) struct Fetcher {
     transport: Arc<dyn Transport>,
     cache: Arc<Cache>,
+    /// What the bytes must match.
+    sums: Option<Arc<RangeSums>>,
     /// The longest request in bytes.
     max_request: u64,
     state: Mutex<State>,
@@ -106,8 +109,13 @@ struct Fetch {
 }
 
 impl Fetcher {
-    /// Creates the fetcher of the image behind `transport`; what arrives goes to `cache`.
-    pub(super) fn new(transport: Arc<dyn Transport>, cache: Arc<Cache>) -> Arc<Self> {
+    /// Creates the fetcher of the image behind `transport`; what arrives, and matches `sums`, goes to
+    /// `cache`.
+    pub(super) fn new(
+        transport: Arc<dyn Transport>,
+        cache: Arc<Cache>,
+        sums: Option<Arc<RangeSums>>,
+    ) -> Arc<Self> {
         let limits = transport.limits();
         let alignment = u64::from(limits.alignment.max(1));
         let max_len = u64::from(limits.max_len).min(MAX_REQUEST);
@@ -115,6 +123,7 @@ impl Fetcher {
         Arc::new_cyclic(|this| Self {
             transport,
             cache,
+            sums,
             max_request,
             state: Mutex::default(),
             this: this.clone(),
@@ -159,10 +168,12 @@ impl Fetcher {
         let alignment = u64::from(self.transport.limits().alignment.max(1));
         let mut first = None;
         let mut state = self.state.lock();
+        let sums = self.sums.as_deref();
         for missing in self.cache.missing(range) {
+            let missing = sums.map_or(missing.clone(), |sums| sums.whole(missing));
             let start = missing.start - missing.start % alignment;
             let end = missing.end.next_multiple_of(alignment).min(self.transport.size());
-            let arrival = state.want(start..end, urgency, self.max_request);
+            let arrival = state.want(start..end, urgency, self.max_request, sums);
             first = first.or(arrival);
         }
         let hurried = std::mem::take(&mut state.hurried);
@@ -209,7 +220,13 @@ impl Fetcher {
             if bytes.len() as u64 != len {
                 return Err(os_error(libc::EIO));
             }
+            if let Some(sums) = &self.sums {
+                sums.check_arrived(range.start, &bytes)?;
+            }
             self.cache.store(range.start, bytes, urgency);
+            if let Some(sums) = &self.sums {
+                sums.note_stored(&range);
+            }
             Ok(())
         });
         let mut state = self.state.lock();
@@ -250,9 +267,15 @@ impl Fetcher {
 }
 
 impl State {
-    /// Queues what is not on its way of `range`, in requests of at most `max_request` bytes; returns
-    /// the arrival of the first byte.
-    fn want(&mut self, range: Range<u64>, urgency: Urgency, max_request: u64) -> Option<Arrival> {
+    /// Queues what is not on its way of `range`, in requests of at most `max_request` bytes that cut
+    /// none of `sums` that is to be whole; returns the arrival of the first byte.
+    fn want(
+        &mut self,
+        range: Range<u64>,
+        urgency: Urgency,
+        max_request: u64,
+        sums: Option<&RangeSums>,
+    ) -> Option<Arrival> {
         let mut first = None;
         let mut at = range.start;
         while at < range.end {
@@ -266,6 +289,7 @@ impl State {
             }
             let next = self.fetches.range(at..).next().map_or(range.end, |(start, _)| *start);
             let end = range.end.min(next).min(at + max_request);
+            let end = sums.map_or(end, |sums| sums.end_between(&(at..end)));
             let arrival = Arrival::default();
             let since = Instant::now();
             let fetch = Fetch { end, urgency, sent: None, since, arrival: arrival.clone() };

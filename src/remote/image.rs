@@ -1,6 +1,7 @@
 //! An open image on a server, in either of its two forms.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -130,6 +131,15 @@ impl RemoteImage {
         match self {
             Self::Cached(shared) => shared.base().maintain(),
             Self::Direct(disk) => disk.maintain(),
+        }
+    }
+
+    /// Returns the bytes that do not match the bmap of the image, once there are any.
+    #[must_use]
+    pub fn mismatch(&self) -> Option<&Range<u64>> {
+        match self {
+            Self::Cached(shared) => shared.base().mismatch(),
+            Self::Direct(_) => None,
         }
     }
 

@@ -5,6 +5,8 @@
 //!     │     │     │           (mode=rw) keeps nothing and asks the transport itself
 //!     │     │     └── cache/  the bytes that were fetched, and which these are
 //!     │     └── plan.rs       what to fetch for a read, and what to read ahead (pure)
+//!     ├── known_extents.rs    where there are holes, as the server tells or a bmap says
+//!     ├── bmap/               what was fetched matches the checksums of a bmap
 //!     ├── trace/              what is read first: recorded, and fetched ahead the next time
 //!     └── fetcher.rs          each byte once; what somebody waits for first
 //!           └── transport.rs  asks the server, many requests at a time
@@ -16,6 +18,7 @@
 
 mod answer;
 mod base;
+mod bmap;
 mod cache;
 mod commit;
 mod error;
@@ -24,6 +27,7 @@ mod fetcher;
 #[cfg(feature = "network")]
 mod http;
 mod image;
+mod known_extents;
 mod nbd;
 mod open;
 mod plan;
@@ -39,6 +43,7 @@ mod writable;
 mod writer_guard;
 
 pub use self::base::{RemoteBase, RemoteStatus};
+pub use self::bmap::SumStatus;
 pub use self::error::RemoteError;
 pub use self::image::RemoteImage;
 #[doc(hidden)]

@@ -12,7 +12,9 @@ use parking_lot::Mutex;
 
 use super::RemoteDisk;
 use super::base::RemoteBase;
-use super::cache::{Cache, CacheError, CacheRegistry, PlaceLock, PlaceUse, Urgency};
+#[cfg(feature = "network")]
+use super::bmap;
+use super::cache::{Cache, CacheError, CacheRegistry, PlaceLock, PlaceUse};
 use super::error::RemoteError;
 #[cfg(feature = "network")]
 use super::http::{HttpClient, HttpOptions};
@@ -25,6 +27,7 @@ use super::tls::TlsFiles;
 use super::transport::{Transport, WritableTransport};
 use super::writer_guard::{WriterGuard, check_not_written, place_of};
 use crate::config::{Protocol, RemoteAddress, RemoteSpec};
+use crate::formats::bmap::Bmap;
 use crate::host::{is_out_of_space, os_message};
 use crate::identity::Identity;
 
@@ -60,6 +63,8 @@ struct Opened {
     head: Vec<u8>,
     /// The same transport, where the server takes changes.
     writable: Option<Arc<dyn WritableTransport>>,
+    /// The map that the user named.
+    bmap: Option<Bmap>,
 }
 
 /// Opens the image that `spec` describes; waits for the server.
@@ -147,15 +152,13 @@ pub fn open_writable(spec: &RemoteSpec) -> Result<Arc<RemoteDisk>, RemoteError> 
 }
 
 fn open_cached(spec: &RemoteSpec) -> Result<RemoteBase, RemoteError> {
-    let Opened { transport, identity, head, writable } = match spec.address.protocol() {
+    let Opened { transport, identity, head, writable, bmap } = match spec.address.protocol() {
         Protocol::Nbd => open_nbd(spec)?,
         Protocol::Http => open_http(spec)?,
     };
-    let base = base_over(spec, identity, transport)?;
-    let cache = base.cache();
-    if !cache.missing(&(0..head.len() as u64)).is_empty() {
-        cache.store(0, head, Urgency::Ahead);
-    }
+    let base = base_over(spec, identity, transport, bmap.as_ref())?;
+    base.keep_head(head)
+        .map_err(|_| refused(&spec.address, "its first bytes do not match what its bmap says"))?;
     let base = base.with_writable(writable);
     match &spec.trace {
         Some(file) => base.with_trace(file).map_err(|why| {
@@ -179,8 +182,8 @@ fn discard_kept(
     let lock = lock.ok_or_else(|| in_use(spec))?;
     let identity = identity_of(transport).map_err(|error| unreadable(address, &error))?;
     let no_place = |why: String| RemoteError::Cache { address: address.clone(), why };
-    let (known_by, size) = (known_by(address, &identity), transport.size());
-    let cache = CACHES.open(Some(dir), known_by.as_bytes(), size, spec.read_cache_size);
+    let (known_by, size) = (known_by(address, &identity, None), transport.size());
+    let cache = CACHES.open(Some(dir), &known_by, size, spec.read_cache_size);
     let cache = cache.map_err(|error| no_place(error.to_string()))?;
     discard(spec, &cache)?;
     Ok(lock)
@@ -228,29 +231,38 @@ pub(super) fn discard(spec: &RemoteSpec, cache: &Cache) -> Result<(), RemoteErro
 }
 
 /// Returns what the cache of an image is known by: the address as well, for the samples of two images may
-/// be the same.
-fn known_by(address: &RemoteAddress, identity: &Identity) -> String {
-    format!("{address}\n{}", identity.hash)
+/// be the same. What was compared with a bmap is kept apart.
+fn known_by(address: &RemoteAddress, identity: &Identity, bmap: Option<&Bmap>) -> Vec<u8> {
+    let mut known_by = format!("{address}\n{}", identity.hash).into_bytes();
+    if let Some(bmap) = bmap {
+        known_by.extend_from_slice(b"\nbmap ");
+        known_by.extend_from_slice(&bmap.digest);
+    }
+    known_by
 }
 
-/// Makes the base of the image behind `transport`, which was opened with `spec`.
+/// Makes the base of the image behind `transport`, which was opened with `spec`, and with `bmap` if that
+/// names one.
 pub(super) fn base_over(
     spec: &RemoteSpec,
     identity: Identity,
     transport: Arc<dyn Transport>,
+    bmap: Option<&Bmap>,
 ) -> Result<RemoteBase, RemoteError> {
     let address = &spec.address;
     let no_place =
         |error: CacheError| RemoteError::Cache { address: address.clone(), why: error.to_string() };
-    let known_by = known_by(address, &identity);
+    let known_by = known_by(address, &identity, bmap);
     let mut dir = spec.read_cache.as_deref();
     let mut lock = None;
     if let Some(kept) = dir {
         lock = lock_to_keep(kept, address).map_err(no_place)?;
         dir = dir.filter(|_| lock.is_some());
     }
-    let cache = CACHES.open(dir, known_by.as_bytes(), transport.size(), spec.read_cache_size);
-    let base = RemoteBase::new(spec, identity, transport, cache.map_err(no_place)?);
+    let cache = CACHES.open(dir, &known_by, transport.size(), spec.read_cache_size);
+    let cache = cache.map_err(no_place)?;
+    let base = RemoteBase::new(spec, identity, transport, cache, bmap);
+    let base = base.map_err(|error| refused(address, &os_message(&error)))?;
     Ok(base.with_place_lock(lock))
 }
 
@@ -279,7 +291,7 @@ fn open_nbd(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
     client.set_identity_check(check_identity(&client, &identity));
     let client = Arc::new(client);
     let writable = client.is_writable().then(|| Arc::clone(&client) as Arc<dyn WritableTransport>);
-    Ok(Opened { transport: client, identity, head: Vec::new(), writable })
+    Ok(Opened { transport: client, identity, head: Vec::new(), writable, bmap: None })
 }
 
 #[cfg(not(feature = "network"))]
@@ -302,6 +314,9 @@ fn open_http(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
     };
     let opened = HttpClient::open(address, &options);
     let (client, head) = opened.map_err(|error| refused(&spec.address, &error.to_string()))?;
+    let load = |source| bmap::load(source, address, &options, client.size());
+    let bmap = spec.bmap.as_ref().map(load).transpose();
+    let bmap = bmap.map_err(|why| RemoteError::Refused { address: address.clone(), why })?;
     let mut identity = identity_of(&client).map_err(|error| unreadable(&spec.address, &error))?;
     if client.version().is_none() {
         identity.mtime = client.modified().map(|secs| crate::identity::Mtime { secs, nanos: 0 });
@@ -311,7 +326,7 @@ fn open_http(spec: &RemoteSpec) -> Result<Opened, RemoteError> {
              by its size, {time}, and samples when it is mounted"
         );
     }
-    Ok(Opened { transport: Arc::new(client), identity, head, writable: None })
+    Ok(Opened { transport: Arc::new(client), identity, head, writable: None, bmap })
 }
 
 /// Starts `program`, which becomes the server of an image of this host, and opens that. `shown` is for

@@ -31,7 +31,7 @@ fn base(server: MemoryServer) -> (SharedServer, Arc<RemoteBase>) {
     let spec = RemoteSpec { ahead: 4 * MIB, ..RemoteSpec::new(address()) };
     let identity = identity_of(&*server).unwrap();
     server.reads.lock().clear();
-    let base = RemoteBase::new(&spec, identity, server.clone(), cache);
+    let base = RemoteBase::new(&spec, identity, server.clone(), cache, None).unwrap();
     (server, Arc::new(base))
 }
 
@@ -346,7 +346,8 @@ fn a_trace_is_fetched_at_its_rate() {
     let spec = RemoteSpec { prefetch_rate: rate, ..RemoteSpec::new(address()) };
     let identity = identity_of(&*server).unwrap();
     let (start, before) = (Instant::now(), server.reads.lock().len());
-    let base = RemoteBase::new(&spec, identity, server.clone(), cache).with_trace(&file).unwrap();
+    let base = RemoteBase::new(&spec, identity, server.clone(), cache, None).unwrap();
+    let base = base.with_trace(&file).unwrap();
     // 4 MiB take 2 s.
     let mut done = 0;
     while done < 4 * MIB {

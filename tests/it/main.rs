@@ -48,6 +48,7 @@ mod process;
 mod qcow2;
 mod reflink;
 mod remote;
+mod remote_bmap;
 mod remote_http;
 mod remote_model;
 mod send;

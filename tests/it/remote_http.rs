@@ -15,7 +15,7 @@ use crate::common::mount::*;
 use crate::common::random;
 
 /// nginx over the files of a lab.
-struct Nginx {
+pub(crate) struct Nginx {
     running: Option<Running>,
     port: u16,
     tls_port: u16,
@@ -59,7 +59,7 @@ http {
 "#;
 
 impl Nginx {
-    fn start(lab: &Lab) -> Self {
+    pub(crate) fn start(lab: &Lab) -> Self {
         Self::configured(lab, CONFIG)
     }
 
@@ -93,7 +93,7 @@ impl Nginx {
         self.running = None;
     }
 
-    fn url(&self, path: &str) -> String {
+    pub(crate) fn url(&self, path: &str) -> String {
         format!("http://127.0.0.1:{}{path}", self.port)
     }
 
@@ -103,7 +103,7 @@ impl Nginx {
 }
 
 /// What was asked for so far: one line a request. nginx writes a line after it has answered.
-fn requests(lab: &Lab) -> Vec<String> {
+pub(crate) fn requests(lab: &Lab) -> Vec<String> {
     let read = || fs::read_to_string(lab.path("access.log")).unwrap_or_default();
     let mut log = String::new();
     wait_until("nginx has written its log", || {
@@ -129,7 +129,7 @@ fn certify(lab: &Lab, names: &str, days: &str) {
 }
 
 /// Writes a file that only its owner can read.
-fn secret(path: &Path, text: &str) {
+pub(crate) fn secret(path: &Path, text: &str) {
     fs::write(path, text).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
 }

@@ -187,8 +187,12 @@ fn remote_line(disk: &DiskStatus) -> Option<String> {
         None => String::new(),
         Some(why) => format!(", no connection ({why})"),
     };
+    let verified = match &remote.bmap {
+        None => String::new(),
+        Some(bmap) => format!(", {} of {} ranges verified", bmap.verified, bmap.ranges),
+    };
     Some(format!(
-        "{name}: fetched {fetched} of {size} in {requests} requests{failures}, {kept} kept here{waiting}{outage}"
+        "{name}: fetched {fetched} of {size} in {requests} requests{failures}, {kept} kept here{verified}{waiting}{outage}"
     ))
 }
 
@@ -209,11 +213,12 @@ mod tests {
             "name": "vm", "remote": {
                 "size": 10737418240u64, "fetched": 1048576, "cached": 524288, "requests": 4,
                 "failures": 1, "waiting": 7, "outage": "refused",
+                "bmap": { "ranges": 9, "verified": 2, "mismatch": null },
             },
         });
         let disk = DiskStatus::deserialize(&disk).unwrap();
-        let line = "vm: fetched 1 MiB of 10 GiB in 4 requests (1 failed), 512 KiB kept here, waiting \
-                    for the server since 7 s, no connection (refused)";
+        let line = "vm: fetched 1 MiB of 10 GiB in 4 requests (1 failed), 512 KiB kept here, \
+                    2 of 9 ranges verified, waiting for the server since 7 s, no connection (refused)";
         assert_eq!(remote_line(&disk).as_deref(), Some(line));
         assert_eq!(remote_line(&DiskStatus::default()), None);
     }

@@ -165,6 +165,14 @@ pub(super) fn check_protocol(disk: &DiskSpec) -> Result<(), SpecError> {
         Protocol::Nbd if remote.auth.is_some() => {
             Err(SpecError::key("auth", "is for http:// and https://: drop it"))
         }
+        Protocol::Nbd if remote.bmap.is_some() => {
+            let why = "is for http:// and https://, and an NBD server tells holes itself: drop it";
+            Err(SpecError::key("bmap", why))
+        }
+        Protocol::Http if remote.bmap.is_some() && disk.format.is_some_and(is_not_raw) => {
+            let why = "is of a raw image, and this one is of another format: drop one of them";
+            Err(SpecError::key("bmap", why))
+        }
         Protocol::Http if disk.mode == DiskMode::ReadWrite => {
             let address = &remote.address;
             let why = format!(
@@ -174,6 +182,10 @@ pub(super) fn check_protocol(disk: &DiskSpec) -> Result<(), SpecError> {
         }
         Protocol::Nbd | Protocol::Http => Ok(()),
     }
+}
+
+fn is_not_raw(format: Format) -> bool {
+    format != Format::Raw
 }
 
 /// Checks the mode of a blank disk, which has no base to read or write.

@@ -7,10 +7,10 @@ use std::path::Path;
 use super::key::{DiskKey, KeyScope, KeySetter, Switch};
 use crate::config::raw_value::absolute;
 use crate::config::{
-    AuthSource, CommandLineError, DirectIo, DiskMode, DiskSpec, FinishWhen, Flow, Locking,
-    OverlayKind, Overwrite, Pad, Partitions, Passthrough, RemoteSpec, Resize, SinkSpec, SourcePart,
-    SpecError, SpillCompression, Spool, StreamFrames, StreamSpec, error, flow, is_block_size,
-    split_command,
+    AuthSource, BmapSource, CommandLineError, DirectIo, DiskMode, DiskSpec, FinishWhen, Flow,
+    Locking, OverlayKind, Overwrite, Pad, Partitions, Passthrough, RemoteSpec, Resize, SinkSpec,
+    SourcePart, SpecError, SpillCompression, Spool, StreamFrames, StreamSpec, error, flow,
+    is_block_size, split_command,
 };
 
 /// Every key.
@@ -110,6 +110,7 @@ pub(super) static KEYS: &[DiskKey] = &[
         }),
     ),
     row("auth", KeyScope::Remote, "FILE|cmd:COMMAND", KeySetter::RemoteText(set_auth)),
+    row("bmap", KeyScope::Remote, "FILE|URL", KeySetter::RemoteText(set_bmap)),
     row("read-cache-size", KeyScope::Remote, "4G", KeySetter::RemoteSize(set_cache_size)),
     // The direction is the first key of a stream: the others depend on it.
     row("to", KeyScope::Streams, SINK_FORMS, KeySetter::Flow(flow::parse_to)),
@@ -267,6 +268,11 @@ fn set_auth(remote: &mut RemoteSpec, value: &OsStr, dir: &Path) -> Result<(), Sp
     };
     remote.auth = Some(AuthSource::Command(words));
     dir.clone_into(&mut remote.dir);
+    Ok(())
+}
+
+fn set_bmap(remote: &mut RemoteSpec, text: &OsStr, dir: &Path) -> Result<(), SpecError> {
+    remote.bmap = Some(BmapSource::parse(text, dir)?);
     Ok(())
 }
 

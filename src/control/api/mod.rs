@@ -27,9 +27,9 @@ pub(crate) use self::request::{
     DiskRequest, HydrateAction, MountRequest, encode_request, parse_disk_request,
 };
 pub(crate) use self::status::{
-    BlockOverlayStatus, BufferStatus, DiskStatus, LayerStatus, MountStatus, NeededBuffers,
-    OverlayStatus, PartitionStatus, PeerStatus, RemoteBaseStatus, StatusDocument, StreamStatus,
-    UsageStatus,
+    BlockOverlayStatus, BmapStatus, BufferStatus, DiskStatus, LayerStatus, MountStatus,
+    NeededBuffers, OverlayStatus, PartitionStatus, PeerStatus, RemoteBaseStatus, StatusDocument,
+    StreamStatus, UsageStatus,
 };
 pub(crate) use self::words::{
     DiskState, HydrationState, MountState, OverlayKindWord, Recovery, StreamDirection, StreamState,
@@ -64,6 +64,15 @@ mod tests {
             r#"{"name":"","inode":0,"path":"","size":0,"mode":"","state":"","error":null,"warning":null,"openers":0,"base":null,"overlay":null,"stream":null,"partitions":[]}"#
         );
         assert_eq!(round_trip(&text), text);
+    }
+
+    #[test]
+    fn a_base_on_a_server_has_a_bmap_only_where_one_was_named() {
+        let of = |remote: &str| round_trip(&format!(r#"{{"remote":{remote}}}"#));
+        let plain = r#""remote":{"size":0,"fetched":0,"cached":0,"hits":0,"misses":0,"requests":0,"failures":0,"waiting":null,"outage":null}"#;
+        assert!(of("{}").contains(plain));
+        let bmap = r#""outage":null,"bmap":{"ranges":3,"verified":1,"mismatch":"0-4095"}}"#;
+        assert!(of(r#"{"bmap":{"verified":1,"ranges":3,"mismatch":"0-4095"}}"#).contains(bmap));
     }
 
     #[test]

@@ -92,6 +92,21 @@ pub(crate) struct RemoteBaseStatus {
     pub(crate) waiting: Option<u64>,
     /// The reason why there is no connection to the server.
     pub(crate) outage: Option<String>,
+    /// The checksums of its bmap; left out where there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) bmap: Option<BmapStatus>,
+}
+
+/// Which ranges of an image match the checksums of its bmap.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct BmapStatus {
+    /// The number of ranges that have a checksum.
+    pub(crate) ranges: u64,
+    /// The number of those that match, as they are kept.
+    pub(crate) verified: u64,
+    /// The bytes that do not match, as `FIRST-LAST`: every read of the image fails.
+    pub(crate) mismatch: Option<String>,
 }
 
 /// The overlay of a disk.

@@ -78,7 +78,7 @@ words! {
         ReadOnly = "read-only",
         /// The overlay was removed while it was in use.
         Lost = "lost",
-        /// A stream failed.
+        /// A stream failed, or the base does not match its bmap.
         Failed = "failed",
     }
 }

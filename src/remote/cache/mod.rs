@@ -137,6 +137,26 @@ impl Cache {
     /// # Errors
     /// `EAGAIN` under [`Wait::No`] when bytes are there but cannot be had without waiting.
     pub(crate) fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<usize> {
+        let done = self.read_uncounted(buf, offset, wait)?;
+        let counters = &self.counters;
+        match done {
+            0 => counters.misses.fetch_add(1, Ordering::Relaxed),
+            _ => counters.hits.fetch_add(1, Ordering::Relaxed),
+        };
+        counters.hit_bytes.fetch_add(done as u64, Ordering::Relaxed);
+        Ok(done)
+    }
+
+    /// Reads as [`read_at`](Self::read_at) does, for no user of the image.
+    ///
+    /// # Errors
+    /// Those of [`read_at`](Self::read_at).
+    pub(crate) fn read_uncounted(
+        &self,
+        buf: &mut [u8],
+        offset: u64,
+        wait: Wait,
+    ) -> io::Result<usize> {
         let wanted = offset..offset.saturating_add(buf.len() as u64).min(self.size);
         let mut done = 0;
         for (unit, piece) in pieces(wanted.clone()) {
@@ -153,12 +173,6 @@ impl Cache {
         if done < byte_len(&wanted) {
             done += self.overflow.read(&mut buf[done..byte_len(&wanted)], offset + done as u64);
         }
-        let counters = &self.counters;
-        match done {
-            0 => counters.misses.fetch_add(1, Ordering::Relaxed),
-            _ => counters.hits.fetch_add(1, Ordering::Relaxed),
-        };
-        counters.hit_bytes.fetch_add(done as u64, Ordering::Relaxed);
         Ok(done)
     }
 
@@ -271,6 +285,16 @@ impl Cache {
             }
         }
         self.overflow.subtract_from(missing)
+    }
+
+    /// Returns the start of the first block of `range` (bytes) that is not there; `None` when all are.
+    pub(crate) fn first_missing(&self, range: &Range<u64>) -> Option<u64> {
+        pieces(range.start..range.end.min(self.size)).find_map(|(unit, piece)| {
+            match mask_of(&piece) & !self.units.present(unit) {
+                0 => None,
+                _ => self.missing(&piece).first().map(|missing| missing.start),
+            }
+        })
     }
 
     /// Returns what happened so far.

@@ -94,6 +94,16 @@ impl Overflow {
         }
     }
 
+    /// Forgets the bytes that touch `range` (bytes of the image).
+    pub(super) fn forget(&self, range: &Range<u64>) {
+        let mut all = self.all.lock();
+        let All { demand, ahead } = &mut *all;
+        for parts in [demand, ahead] {
+            parts.parts.retain(|part| part.range().end <= range.start || part.offset >= range.end);
+            parts.len = parts.parts.iter().map(|part| part.bytes.len()).sum();
+        }
+    }
+
     /// Fills a prefix of `buf` with the bytes at `offset`. Returns its length, 0 when there are none.
     pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> usize {
         if !self.is_used.load(Ordering::Acquire) {

@@ -128,6 +128,14 @@ impl Cache {
         // A store of the same unit must not be punched between its write and its mark.
         let _writing = self.units.lock_writes(unit);
         let Some(present) = self.units.take_unused(unit, age) else { return 0 };
+        self.punch_unit(unit);
+        let freed = u64::from(present.count_ones()) * BLOCK_SIZE;
+        self.counters.evicted_bytes.fetch_add(freed, Ordering::Relaxed);
+        freed
+    }
+
+    /// Punches `unit`, which the map does not have any more, out of the file.
+    fn punch_unit(&self, unit: u64) {
         let start = unit * UNIT_SIZE;
         if let Err(error) = host::punch_hole(&self.file, start..start + UNIT_SIZE) {
             log::debug!("a unit of the read cache keeps its room: {error}");
@@ -135,8 +143,20 @@ impl Cache {
         if let Some(persistent) = &self.persistent {
             persistent.note_evicted(unit, &self.units);
         }
-        let freed = u64::from(present.count_ones()) * BLOCK_SIZE;
-        self.counters.evicted_bytes.fetch_add(freed, Ordering::Relaxed);
-        freed
+    }
+
+    /// Drops all units that `range` (bytes) touches, so that they are fetched anew, also by a later process.
+    /// Waits for their readers.
+    pub(crate) fn forget(&self, range: &Range<u64>) {
+        self.overflow.forget(range);
+        for (unit, _) in pieces(range.start..range.end.min(self.size)) {
+            let _writing = self.units.lock_writes(unit);
+            let dropped = u64::from(self.units.present(unit).count_ones()) * BLOCK_SIZE;
+            if dropped > 0 {
+                self.units.remove(unit, u64::MAX);
+                self.punch_unit(unit);
+                self.counters.dropped_bytes.fetch_add(dropped, Ordering::Relaxed);
+            }
+        }
     }
 }

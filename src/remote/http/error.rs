@@ -49,6 +49,8 @@ pub(crate) enum HttpError {
     NoSize,
     #[error("the server says that the image has {0} bytes, more than a file can have")]
     TooLarge(String),
+    #[error("it has {size} bytes, and at most {limit} are read")]
+    LongFile { size: u64, limit: u64 },
     #[error("the image is empty")]
     Empty,
     #[error(

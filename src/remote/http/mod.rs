@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   client      HttpClient, a Transport: opens an image
+//!     ├── file        a short file beside an image
 //!     └── requests    retries, outages, the latch of a changed image
 //!           │     └── retry, late    pure: pauses, and when an answer is late
 //!           └── exchange    one answer to one range: redirects, credentials, what must hold of the answer
@@ -20,6 +21,7 @@ mod auth;
 mod client;
 mod error;
 mod exchange;
+mod file;
 mod late;
 mod origin;
 mod requests;
@@ -30,6 +32,7 @@ mod tests;
 mod url;
 
 pub(crate) use client::{HttpClient, HttpOptions};
+pub(crate) use file::{is_same_origin, read_file};
 
 /// The most redirects that are followed (RFC 9110, 15.4 leaves it to the client).
 const MAX_REDIRECTS: usize = 10;
