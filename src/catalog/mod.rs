@@ -17,20 +17,23 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use self::inodes::Inodes;
 pub use self::names::{CatalogEntry, DiskOrigin};
 use self::names::{DiskNames, check_name, find_clash, find_partition};
-pub use self::stored::RenameMode;
 use crate::disk::{Disk, DiskFile, InUse};
 use crate::host::os_error;
+pub use crate::store::RenameMode;
 use crate::store::Store;
 
 /// The names and inodes of a mount.
 pub struct Catalog {
     /// The mountpoint.
     pub mountpoint: PathBuf,
+    /// Held from the moment when a name is found free or taken until the mount shows the change, and the
+    /// store has it durably.
+    name_changes: Mutex<()>,
     names: RwLock<DiskNames>,
     inodes: Inodes,
     next_slot: AtomicU64,
@@ -43,6 +46,7 @@ impl Catalog {
     pub fn new(mountpoint: &Path, store: Option<Store>) -> Self {
         Self {
             mountpoint: mountpoint.to_owned(),
+            name_changes: Mutex::default(),
             names: RwLock::default(),
             inodes: Inodes::default(),
             next_slot: AtomicU64::new(1),
@@ -50,7 +54,7 @@ impl Catalog {
         }
     }
 
-    /// Adds a disk under a name that is not yet taken.
+    /// Adds a disk under a name that is not yet taken. A disk of the store has the name there already.
     ///
     /// # Errors
     /// `EEXIST`; `EINVAL` or `ENAMETOOLONG` for a name that no disk can have.
@@ -60,20 +64,29 @@ impl Catalog {
         disk: Arc<Disk>,
         origin: DiskOrigin,
     ) -> io::Result<Arc<CatalogEntry>> {
+        let _alone = self.name_changes.lock();
+        self.check_free(&self.names.read(), name, &disk)?;
+        Ok(self.insert(name, disk, origin))
+    }
+
+    /// Refuses a disk that cannot be added beside `names`, as [`add`](Self::add) does.
+    fn check_free(&self, names: &DiskNames, name: &str, disk: &Disk) -> io::Result<()> {
         check_name(name)?;
+        let is_taken = names.contains_key(name)
+            || self.inodes.clashes(disk)
+            || find_clash(names, name, disk).is_some();
+        if is_taken { Err(os_error(libc::EEXIST)) } else { Ok(()) }
+    }
+
+    /// Inserts a disk under a name that is free. `name_changes` is locked since that was found.
+    fn insert(&self, name: &str, disk: Arc<Disk>, origin: DiskOrigin) -> Arc<CatalogEntry> {
         let mut names = self.names.write();
-        if names.contains_key(name)
-            || self.inodes.clashes(&disk)
-            || find_clash(&names, name, &disk).is_some()
-        {
-            return Err(os_error(libc::EEXIST));
-        }
         self.inodes.insert_partitions(&disk);
         let slot = self.next_slot.fetch_add(1, Ordering::Relaxed);
         let entry = Arc::new(CatalogEntry { disk, origin, slot });
         names.insert(name.to_owned(), Arc::clone(&entry));
         self.inodes.insert(Arc::clone(&entry));
-        Ok(entry)
+        entry
     }
 
     /// Shows the partitions of the disk `name`, which is in the catalog already, and returns notes

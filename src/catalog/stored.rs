@@ -3,22 +3,15 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Catalog;
-use super::names::{CatalogEntry, DiskOrigin, check_name, find_clash};
+use super::names::{CatalogEntry, DiskOrigin, check_name};
 use crate::disk::{Disk, DiskOwner, OpenContext, OpenedDisk};
 use crate::host::os_error;
 use crate::name::CONTROL_DIR;
-use crate::store::{NameChangeError, Store, StoreError};
-
-/// Effect of rename(2) on a disk that already has the new name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RenameMode {
-    /// Replace the disk.
-    Replace,
-    /// Fail with `EEXIST` (`RENAME_NOREPLACE`).
-    NoReplace,
-}
+use crate::overlay::recover::Recovered;
+use crate::store::{NameChangeError, RenameMode, Store, StoreError};
 
 /// Makes the disks of `entries` read-only for good if the store may have lost their names: what
 /// they acknowledged from then on might be swept at the next mount. Returns the errno.
@@ -68,21 +61,28 @@ impl Catalog {
         dir: &Path,
     ) -> Option<Result<(), String>> {
         let store = self.store_at(dir)?;
-        let kept = store.keep(&entry.disk, name).map_err(|error| error.to_string());
-        if kept.is_ok() {
-            let disk = Arc::clone(&entry.disk);
-            let stored =
-                Arc::new(CatalogEntry { disk, origin: DiskOrigin::Stored, slot: entry.slot });
-            let mut names = self.names.write();
-            if names.get(name).is_none_or(|there| there.slot != entry.slot) {
-                return Some(Err(
-                    "it was removed meanwhile: the store has it all the same".to_owned()
-                ));
+        Some(self.keep_named(store, name, entry))
+    }
+
+    fn keep_named(&self, store: &Store, name: &str, entry: &CatalogEntry) -> Result<(), String> {
+        store.keep(&entry.disk, name).map_err(|error| error.to_string())?;
+        let _alone = self.name_changes.lock();
+        if let Err(failed) = store.give_name(&entry.disk.uuid, name) {
+            if !failed.is_torn {
+                // It stays usable, and ends with the mount.
+                store.remove_files(&entry.disk.uuid);
             }
-            names.insert(name.to_owned(), Arc::clone(&stored));
-            self.inodes.insert(stored);
+            return Err(format!("naming it in the store: {failed}"));
         }
-        Some(kept)
+        let disk = Arc::clone(&entry.disk);
+        let stored = Arc::new(CatalogEntry { disk, origin: DiskOrigin::Stored, slot: entry.slot });
+        let mut names = self.names.write();
+        if names.get(name).is_none_or(|there| there.slot != entry.slot) {
+            return Err("it was removed meanwhile: the store has it all the same".to_owned());
+        }
+        names.insert(name.to_owned(), Arc::clone(&stored));
+        self.inodes.insert(stored);
+        Ok(())
     }
 
     /// Creates the disk `to` with the current contents of `entry`, a disk of the store.
@@ -111,15 +111,19 @@ impl Catalog {
             });
         }
         check_name(to).map_err(|_| format!("'{to}' cannot be the name of a disk: take another"))?;
+        let taken = || format!("there is a disk '{to}' already: take another name");
         if self.named(to).is_some() || self.partition_named(to).is_some() {
-            return Err(format!("there is a disk '{to}' already: take another name"));
+            return Err(taken());
         }
         let opened = store.clone_disk(&entry.disk, to).map_err(|error| match error {
             StoreError::Disk { error, .. } => error.to_string(),
             error => error.to_string(),
         })?;
         let disk = Arc::new(opened.disk);
-        self.add_stored(store, to, &disk).map_err(|error| error.to_string())?;
+        self.add_created(store, to, &disk).map_err(|error| match error.raw_os_error() {
+            Some(libc::EEXIST) => taken(),
+            _ => format!("naming '{to}' in the store: {error}"),
+        })?;
         Ok(disk)
     }
 
@@ -154,28 +158,88 @@ impl Catalog {
             os_error(error.os_error().unwrap_or(libc::EIO))
         })?;
         let disk = Arc::new(opened.disk);
-        self.add_stored(store, name, &disk)?;
+        self.add_created(store, name, &disk)
+            .inspect_err(|error| log::error!("create '{name}': {error}"))?;
         Ok(disk)
     }
 
-    /// Adds a disk that was just created in `store`; if that fails, removes the disk from the store
-    /// too.
+    /// Names a disk that was just created in `store`, there and in the mount; if that fails, closes the
+    /// disk and removes its files.
     ///
     /// # Errors
-    /// `EEXIST` when another disk took the name meanwhile.
-    pub fn add_stored(
+    /// `EEXIST` when another disk took the name meanwhile; the host's errno.
+    pub fn add_created(
         &self,
         store: &Store,
         name: &str,
         disk: &Arc<Disk>,
     ) -> io::Result<Arc<CatalogEntry>> {
-        self.add(name, Arc::clone(disk), DiskOrigin::Stored).inspect_err(|_| {
-            if let Err(error) = store.remove_name(name) {
-                log::warn!("'{name}' stays in the store: {error}");
-                return;
+        let named = self.name_created(store, name, disk);
+        named.map_err(|failed| {
+            if !failed.is_torn {
+                self.discard(disk, Some(store));
             }
-            store.remove_files(&disk.uuid);
+            failed.error
         })
+    }
+
+    fn name_created(
+        &self,
+        store: &Store,
+        name: &str,
+        disk: &Arc<Disk>,
+    ) -> Result<Arc<CatalogEntry>, NameChangeError> {
+        let _alone = self.name_changes.lock();
+        self.check_free(&self.names.read(), name, disk)?;
+        store.give_name(&disk.uuid, name)?;
+        Ok(self.insert(name, Arc::clone(disk), DiskOrigin::Stored))
+    }
+
+    /// Removes a disk that was just created in the store from there and from the mount again.
+    ///
+    /// # Errors
+    /// [`NameChangeError`] when it keeps its name, and its files with that.
+    fn withdraw_created(
+        &self,
+        store: &Store,
+        name: &str,
+        entry: &Arc<CatalogEntry>,
+    ) -> Result<(), NameChangeError> {
+        let alone = self.name_changes.lock();
+        store.remove_name(name)?;
+        let mut names = self.names.write();
+        names.remove(name);
+        self.inodes.remove(&entry.disk);
+        drop((names, alone));
+        self.discard(&entry.disk, Some(store));
+        Ok(())
+    }
+
+    /// Closes a disk that is not in the catalog, and removes what was created for it; with `created_in`
+    /// that is the disk itself, which has no name in that store.
+    pub fn discard(&self, disk: &Disk, created_in: Option<&Store>) {
+        let Some(store) = created_in else { return disk.abandon() };
+        if let Err(error) = disk.close(Duration::MAX) {
+            log::debug!("{}: {error}", disk.source);
+        }
+        store.remove_files(&disk.uuid);
+    }
+
+    /// Closes all disks of a mount that did not come about, and removes what was created for it.
+    pub fn abandon(&self) {
+        for (name, entry) in self.list() {
+            let is_created =
+                entry.origin == DiskOrigin::Stored && entry.disk.recovered() == Recovered::New;
+            match self.store.as_ref().filter(|_| is_created) {
+                Some(store) => {
+                    if let Err(error) = self.withdraw_created(store, &name, &entry) {
+                        log::warn!("'{name}' stays in the store: {error}");
+                        let _ = entry.disk.close(Duration::MAX);
+                    }
+                }
+                None => entry.disk.abandon(),
+            }
+        }
     }
 
     fn require_stored(&self, what: &str, name: &str) -> io::Result<(&Store, Arc<CatalogEntry>)> {
@@ -198,12 +262,13 @@ impl Catalog {
     /// `ENOENT`; `EPERM` for a disk that is not in the store and for a partition file; the host's
     /// errno.
     pub fn unlink(&self, name: &str) -> io::Result<()> {
+        let alone = self.name_changes.lock();
         let (store, entry) = self.require_stored("unlink", name)?;
         store.remove_name(name).map_err(|failed| latch_if_torn(failed, [&entry]))?;
         let mut names = self.names.write();
         names.remove(name);
         entry.disk.mark_unlinked();
-        drop(names);
+        drop((names, alone));
         self.dispose(&entry.disk);
         Ok(())
     }
@@ -214,6 +279,7 @@ impl Catalog {
     /// The errors of [`unlink`](Self::unlink). `EEXIST` when `over` forbids replacing a disk, and
     /// when a partition file would get the name of another disk.
     pub fn rename(&self, from: &str, to: &str, over: RenameMode) -> io::Result<()> {
+        let alone = self.name_changes.lock();
         let (store, entry) = self.require_stored("rename", from)?;
         check_name(to)?;
         if from == to {
@@ -229,26 +295,18 @@ impl Catalog {
             log::warn!("rename '{from}' to '{to}' refused: {line}");
             return Err(os_error(libc::EEXIST));
         }
+        // Where the mount shows no such disk, the store may only have what is not cowslip's.
+        let over = if replaced.is_some() { over } else { RenameMode::NoReplace };
         store
-            .rename(from, to)
+            .rename(from, to, over)
             .map_err(|failed| latch_if_torn(failed, [&entry].into_iter().chain(&replaced)))?;
         let mut names = self.names.write();
-        let clashes = || names.contains_key(to) || find_clash(&names, to, &entry.disk).is_some();
-        if replaced.is_none() && clashes() {
-            // `add` took the name meanwhile.
-            drop(names);
-            if let Err(failed) = store.rename(to, from) {
-                // The store has the new name, durably or not, and the mount has the old one.
-                latch_if_torn(NameChangeError { is_torn: true, ..failed }, [&entry]);
-            }
-            return Err(os_error(libc::EEXIST));
-        }
         names.remove(from);
         names.insert(to.to_owned(), entry);
         if let Some(replaced) = &replaced {
             replaced.disk.mark_unlinked();
         }
-        drop(names);
+        drop((names, alone));
         if let Some(replaced) = replaced {
             self.dispose(&replaced.disk);
         }

@@ -54,7 +54,7 @@ impl Control {
         let OpenedDisk { disk, summary, notes } =
             self.open_disk(&spec, store, force, allow_backing)?;
         let disk = Arc::new(disk);
-        self.publish_disk(name, &disk, store).inspect_err(|_| disk.abandon())?;
+        self.publish_disk(name, &disk, store)?;
         log::info!("{name}: added");
         let mut lines = vec![format!("{name}: {summary}")];
         for note in notes {
@@ -88,7 +88,8 @@ impl Control {
         }
     }
 
-    /// Puts a disk that works into the catalog.
+    /// Puts a disk that works into the catalog. If that fails, closes it and removes what was created for
+    /// it.
     fn publish_disk(
         &self,
         name: &str,
@@ -96,22 +97,32 @@ impl Control {
         store: Option<&Store>,
     ) -> Result<(), String> {
         let clash = self.catalog.check_clash(name, disk);
-        clash.map_err(|line| format!("{name}: {line}"))?;
+        clash
+            .map_err(|line| format!("{name}: {line}"))
+            .inspect_err(|_| self.catalog.discard(disk, store))?;
         if self.cache == CacheMode::Writeback {
             self.catalog.renumber_returning(disk);
         }
         disk.write_holder(&self.holder());
         let added = match store {
-            Some(store) => self.catalog.add_stored(store, name, disk),
-            None => self.catalog.add(name, Arc::clone(disk), DiskOrigin::Given),
+            Some(store) => self.catalog.add_created(store, name, disk),
+            None => self
+                .catalog
+                .add(name, Arc::clone(disk), DiskOrigin::Given)
+                .inspect_err(|_| self.catalog.discard(disk, None)),
         };
-        let entry = added.map_err(|_| name_taken(name))?;
+        let entry = added.map_err(|error| match (error.raw_os_error(), store) {
+            (Some(libc::EEXIST), _) | (_, None) => name_taken(name),
+            (_, Some(_)) => format!("{name}: naming it in the store: {error}"),
+        })?;
         // A shutdown that started meanwhile may have missed this disk, so the disk is removed
-        // again. If it is open already, the shutdown waits for it.
-        match self.check_not_draining() {
-            Err(line) if self.catalog.remove(name, &entry).is_ok() => Err(line),
-            _ => Ok(()),
+        // again. If it is open already, the shutdown waits for it. A disk of the store stays there.
+        let Err(line) = self.check_not_draining() else { return Ok(()) };
+        if store.is_some() || self.catalog.remove(name, &entry).is_err() {
+            return Ok(());
         }
+        self.catalog.discard(disk, None);
+        Err(line)
     }
 
     /// Refuses a request that comes after the start of the shutdown.

@@ -54,11 +54,11 @@ pub(super) fn open_disks(
         probed_dirs: Mutex::new(HashSet::new()),
     };
     let mut notes = Vec::new();
-    let mut add = |name: &str, opened, origin| {
-        notes.extend(add_opened(catalog, name, opened, origin)?);
+    let mut add = |name: &str, opened, origin, created_in| {
+        notes.extend(add_opened(catalog, name, opened, origin, created_in)?);
         signals.check_interrupted()
     };
-    catalog.open_stored(&context, |name, opened| add(name, opened, DiskOrigin::Stored))?;
+    catalog.open_stored(&context, |name, opened| add(name, opened, DiskOrigin::Stored, None))?;
     // Notes about disks of the store that the plan names as well come last.
     let mut stored_notes = Vec::new();
     for spec in &plan.disks {
@@ -86,29 +86,39 @@ pub(super) fn open_disks(
                 (opened, DiskOrigin::Given)
             }
         };
-        add(&spec.name, opened, origin)?;
+        add(&spec.name, opened, origin, store)?;
     }
     notes.extend(stored_notes);
     Ok(notes)
 }
 
-/// Adds a disk that was opened to `catalog`, and returns notes about it.
+/// Adds a disk that was opened to `catalog`, and returns notes about it. With `created_in` it was created
+/// in that store, and gets its name there.
 fn add_opened(
     catalog: &Catalog,
     name: &str,
     opened: OpenedDisk,
     origin: DiskOrigin,
+    created_in: Option<&Store>,
 ) -> Result<Vec<String>, String> {
     let OpenedDisk { disk, summary, notes } = opened;
     let disk = Arc::new(disk);
     let clash = catalog.check_clash(name, &disk);
-    clash.map_err(|line| format!("{name}: {line}")).inspect_err(|_| disk.abandon())?;
-    if let Err(error) = catalog.add(name, Arc::clone(&disk), origin) {
-        disk.abandon();
+    clash
+        .map_err(|line| format!("{name}: {line}"))
+        .inspect_err(|_| catalog.discard(&disk, created_in))?;
+    let added = match created_in {
+        Some(store) => catalog.add_created(store, name, &disk),
+        None => catalog
+            .add(name, Arc::clone(&disk), origin)
+            .inspect_err(|_| catalog.discard(&disk, None)),
+    };
+    if let Err(error) = added {
         return Err(match error.raw_os_error() {
             Some(libc::EEXIST) => format!(
                 "two disks are named '{name}', one of them in the store: give one another NAME="
             ),
+            _ if created_in.is_some() => format!("{name}: naming it in the store: {error}"),
             _ => format!(
                 "the store has a disk named {name:?}, which no file in a mount can be called: rename it in 'names'"
             ),

@@ -133,7 +133,7 @@ fn start(
     });
     let (mount, lines) = mounted.inspect_err(|_| {
         drop(reserve);
-        abandon_disks(&catalog);
+        catalog.abandon();
     })?;
     lines.iter().for_each(|line| ready.note(line));
     mount.announce();
@@ -162,13 +162,6 @@ fn fs_context(plan: &MountPlan, catalog: &Arc<Catalog>) -> Arc<FsContext> {
         owner: current_ids(),
         mounted_at: SystemTime::now(),
     })
-}
-
-/// Closes all disks after a failed start, and removes the overlays that were created for them.
-fn abandon_disks(catalog: &Catalog) {
-    for disk in catalog.disks() {
-        disk.abandon();
-    }
 }
 
 /// Redirects standard output to standard error once a stream owns it: nothing else may be written

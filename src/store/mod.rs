@@ -12,6 +12,9 @@
 //! the name, each step durable before the next. A change of a name that could not be made durable
 //! is taken back. Files that a crash leaves without a name are
 //! removed at the next mount.
+//!
+//! Names are changed one after another: the catalog of the mount, which shows the same names, sees to
+//! that.
 
 mod dirs;
 
@@ -84,7 +87,16 @@ pub enum StoreError {
     },
 }
 
-/// A name that was not removed or changed.
+/// What becomes of a disk that already has the new name of another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RenameMode {
+    /// It is replaced.
+    Replace,
+    /// It stays, and the rename fails with `EEXIST` (`RENAME_NOREPLACE`).
+    NoReplace,
+}
+
+/// A name that was not given, removed or changed.
 #[derive(Debug, thiserror::Error)]
 #[error("{error}")]
 pub struct NameChangeError {
@@ -213,27 +225,26 @@ impl Store {
         disk.share_layers(&self.layer_cache, others);
     }
 
-    /// Moves the temporary overlay of `disk` into the store and gives the disk the name `name`,
-    /// durably.
+    /// Moves the temporary overlay of `disk`, which is to be called `name`, into the store.
     ///
     /// # Errors
-    /// [`StoreError`]; when the disk cannot be named, it stays usable and ends with the mount.
+    /// [`StoreError`]
     pub fn keep(&self, disk: &Disk, name: &str) -> Result<(), StoreError> {
         let kept = self.with_overlay_path(&disk.uuid, |path| disk.keep(path));
         kept.map_err(|error| StoreError::Disk { name: name.to_owned(), error })?;
         self.share_layers(disk);
-        self.give_name(&disk.uuid, name)
+        Ok(())
     }
 
-    /// Creates an empty disk and names it, durably.
+    /// Creates an empty disk, which is to be called `name`.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is left behind then.
     pub fn create(&self, name: &str, owner: DiskOwner) -> Result<OpenedDisk, StoreError> {
-        self.create_named(name, |uuid, path| disk::create_blank(name, uuid, path, owner))
+        self.create_unnamed(name, |uuid, path| disk::create_blank(name, uuid, path, owner))
     }
 
-    /// Creates the disk that `spec` describes, with its overlay in this store, and names it.
+    /// Creates the disk that `spec` describes, with its overlay in this store, without its name.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is left behind then.
@@ -242,20 +253,20 @@ impl Store {
         spec: &DiskSpec,
         context: &OpenContext<'_>,
     ) -> Result<OpenedDisk, StoreError> {
-        self.create_named(&spec.name, |_, path| disk::create_stored(spec, path, context))
+        self.create_unnamed(&spec.name, |_, path| disk::create_stored(spec, path, context))
     }
 
-    /// Creates a disk with the current contents of `from`, another disk of this store.
+    /// Creates a disk with the current contents of `from`, another disk of this store. It is to be called
+    /// `name`.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is left behind then.
     pub fn clone_disk(&self, from: &Disk, name: &str) -> Result<OpenedDisk, StoreError> {
-        self.create_named(name, |_, path| disk::clone_stored(from, name, path, &self.layer_cache))
+        self.create_unnamed(name, |_, path| disk::clone_stored(from, name, path, &self.layer_cache))
     }
 
-    /// Creates a disk by calling `make` with the new UUID and overlay path, and names the disk,
-    /// durably.
-    fn create_named(
+    /// Creates a disk by calling `make` with the new UUID and overlay path.
+    fn create_unnamed(
         &self,
         name: &str,
         make: impl FnOnce(Uuid, OverlayPath<'_>) -> Result<OpenedDisk, OpenError>,
@@ -264,29 +275,19 @@ impl Store {
         let opened = self
             .with_overlay_path(&uuid, |path| make(uuid, path))
             .map_err(|error| StoreError::Disk { name: name.to_owned(), error })?;
-        self.give_name(&uuid, name)?;
         Ok(self.with_shared_layers(opened))
     }
 
-    /// Links `name` to the disk `uuid`, durably; removes the disk's files if that fails.
-    fn give_name(&self, uuid: &Uuid, name: &str) -> Result<(), StoreError> {
-        let target = Path::new("../disks").join(uuid.to_string());
-        let failed = |error| {
-            self.remove_files(uuid);
-            self.io_error("naming a new disk", error)
-        };
-        let made = name::check_disk(name).map_err(io::Error::from).and_then(|()| {
-            rustix::fs::symlinkat(target, self.dirs.names(), name).map_err(io::Error::from)
-        });
-        made.map_err(failed)?;
-        if let Err(error) = self.dirs.names().sync_all() {
-            // Remove the name first: a dangling name would make the next mount fail.
-            return match self.dirs.remove_name(name) {
-                Ok(()) => Err(failed(error)),
-                Err(error) => Err(self.io_error("naming a new disk", error)),
-            };
-        }
-        Ok(())
+    /// Names the disk `uuid`, which has no name yet, durably.
+    ///
+    /// # Errors
+    /// [`NameChangeError`], `EEXIST` when there is such a name; the disk has none unless that says
+    /// otherwise.
+    pub fn give_name(&self, uuid: &Uuid, name: &str) -> Result<(), NameChangeError> {
+        name::check_disk(name)?;
+        let (names, target) = (self.dirs.names(), Path::new("../disks").join(uuid.to_string()));
+        rustix::fs::symlinkat(target, names, name)?;
+        self.sync_names(|| rustix::fs::unlinkat(names, name, AtFlags::empty()))
     }
 
     /// Removes a disk's name, durably; the disk's files stay until
@@ -302,14 +303,17 @@ impl Store {
         self.sync_names(|| rustix::fs::symlinkat(&target, names, name))
     }
 
-    /// Renames a disk, durably, and replaces a disk that has the new name.
+    /// Renames a disk, durably, and replaces a disk that has the new name if `over` allows that.
     ///
     /// # Errors
-    /// [`NameChangeError`]; the disks have their old names unless that says otherwise.
-    pub fn rename(&self, from: &str, to: &str) -> Result<(), NameChangeError> {
+    /// [`NameChangeError`]; the disks have their old names unless that says otherwise. `EEXIST`.
+    pub fn rename(&self, from: &str, to: &str, over: RenameMode) -> Result<(), NameChangeError> {
         name::check(from)?;
         name::check_disk(to)?;
         let replaced = self.dirs.link_target(to)?;
+        if replaced.is_some() && over == RenameMode::NoReplace {
+            return Err(os_error(libc::EEXIST).into());
+        }
         let names = self.dirs.names();
         rustix::fs::renameat(names, from, names, to)?;
         self.sync_names(|| {
@@ -395,6 +399,8 @@ mod tests {
         from.write(b"kept", 0, Wait::Yes).unwrap();
         // Cloning seals everything in `a`, so the next clone needs no new layer.
         let first = store.clone_disk(&from, "b").unwrap().disk;
+        store.give_name(&from.uuid, "a").unwrap();
+        store.give_name(&first.uuid, "b").unwrap();
         for (name, disk) in [("a", &from), ("b", &first)] {
             store.remove_name(name).unwrap();
             store.remove_files(&disk.uuid);

@@ -508,3 +508,73 @@ fn disk_whose_name_may_be_lost_acknowledges_no_sync() {
     lab.mount("--store st");
     assert_eq!(lab.sh("cat m/a m/b m/c"), "oldoldold");
 }
+
+fn stored_names(lab: &Lab) -> Vec<String> {
+    let entries = fs::read_dir(lab.path("st/names")).unwrap();
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn clones_and_files_that_take_one_name_at_the_same_time_lose_nothing() {
+    let lab = lab();
+    lab.sh("truncate -s 1M m/src m/spare; echo precious | dd of=m/work conv=notrunc status=none");
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let rename = scope.spawn(|| {
+            let _end = Ends(&over);
+            for _ in 0..300 {
+                fs::rename(lab.path("m/work"), lab.path("m/t")).unwrap();
+                fs::rename(lab.path("m/t"), lab.path("m/work")).unwrap();
+            }
+        });
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let mut ctl = lab.open("m/.cowslip/src/ctl");
+                ctl.write_all(b"{\"op\":\"clone\",\"name\":\"t\"}").unwrap();
+                ctl.read_to_string(&mut String::new()).unwrap();
+            }
+        });
+        rename.join().unwrap();
+    });
+    // The clone may have been the last to take the name.
+    assert_eq!(stored_names(&lab), names(&lab));
+    assert_eq!(lab.sh("head -n1 m/work"), "precious\n");
+    let before = names(&lab);
+    again(&lab);
+    assert_eq!(names(&lab), before);
+    assert_eq!(lab.sh("head -n1 m/work"), "precious\n");
+}
+
+#[test]
+fn mount_or_add_that_fails_leaves_no_disk_in_the_store() {
+    let lab = lab();
+    lab.sh("truncate -s 8M m/vm m/x.p1 base.img; echo ',4M' | sfdisk -q base.img; touch other.img");
+    let left = || (stored_names(&lab), count(&lab, "disks"), count(&lab, "layers"));
+    let before = left();
+    assert_eq!(before, (vec!["vm".to_owned(), "x.p1".to_owned()], 2, 2));
+    let line = lab.refused(1, "add m x=base.img,overlay=st,partitions");
+    assert!(line.contains("partition 1"), "{line}");
+    assert_eq!(left(), before);
+    lab.umount();
+    for second in [
+        "b=missing.img",
+        "b=other.img,overlay=missing/dir/ov",
+        "x=base.img,overlay=st,partitions",
+        "a.p1=other.img",
+    ] {
+        let first = if second.starts_with("a.p1") { ",partitions" } else { "" };
+        let words = format!("mount m --store st a=base.img,overlay=st{first} {second}");
+        lab.refused(1, &words);
+        assert_eq!(left(), before, "{second}");
+        lab.mount("--store st");
+        assert_eq!(names(&lab), ["vm", "x.p1"]);
+        lab.umount();
+    }
+    lab.mount("--store st a=base.img,overlay=st");
+    assert_eq!(names(&lab), ["a", "vm", "x.p1"]);
+    again(&lab);
+    assert_eq!(names(&lab), ["a", "vm", "x.p1"]);
+}
