@@ -16,7 +16,7 @@ use std::sync::Arc;
 use fuser::ReplyEmpty;
 
 use super::context::{CowslipFs, FsContext};
-use super::reply::{Deadline, ErrorReply, PoolKind, would_block};
+use super::reply::{Deadline, ErrorReply, PoolKind, RepeatOn, would_block};
 use crate::arrival::Arrival;
 use crate::disk::{Disk, DiskFile};
 use crate::layer::Wait;
@@ -33,7 +33,13 @@ fn try_or_defer<R: ErrorReply, T: 'static>(
     let result = work(disk, Wait::No);
     if would_block(&result) {
         let target = Arc::clone(disk);
-        return shared.deadlines.repeat(disk, reply, move |wait| work(&target, wait), send);
+        return shared.deadlines.repeat(
+            disk,
+            reply,
+            RepeatOn::Pool,
+            move |wait| work(&target, wait),
+            send,
+        );
     }
     match result {
         Ok(value) => send(reply, value),

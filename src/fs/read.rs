@@ -8,12 +8,15 @@ use fuser::{ReplyData, ReplyLseek};
 
 use super::context::CowslipFs;
 use super::page_cache::WHOLE_DISK;
-use super::reply::{Deadline, ErrorReply as _, PoolKind, would_block};
+use super::reply::{Deadline, ErrorReply as _, PoolKind, RepeatOn, would_block};
 use crate::aligned::AlignedBuf;
 use crate::arrival::Arrival;
 use crate::disk::{Disk, DiskFile, Whence};
 use crate::layer::Wait;
 use crate::stream::Stream;
+
+/// The longest read, in bytes, that the thread answers which has brought the bytes from a server.
+const MAX_COPY_AT_ARRIVAL: usize = 32 << 10;
 
 thread_local! {
     /// Per-thread read buffer of workers and pool threads, reused across requests. Aligned, so that
@@ -70,7 +73,10 @@ impl CowslipFs {
             reply.data(&buffer.as_slice()[..got]);
             READ_BUFFER.set(buffer);
         };
-        self.shared.deadlines.repeat(disk, reply, work, send);
+        // A long copy would hold up what arrives after it.
+        let is_short = len <= MAX_COPY_AT_ARRIVAL;
+        let repeat_on = if is_short { RepeatOn::Arrival } else { RepeatOn::Pool };
+        self.shared.deadlines.repeat(disk, reply, repeat_on, work, send);
     }
 
     /// Replies with the offset of the next data or hole of `file` from `offset` on.

@@ -54,6 +54,16 @@ macro_rules! impl_error_reply {
 impl_error_reply!(ReplyAttr ReplyCreate ReplyData ReplyEmpty ReplyEntry ReplyLseek ReplyOpen ReplyStatfs);
 impl_error_reply!(ReplyDirectory ReplyWrite);
 
+/// The thread that repeats work once the bytes have arrived that it lacked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RepeatOn {
+    /// The thread that has brought them, once; a pool saves nothing where the work is short. It must not
+    /// wait for the kernel, which may wait for what that thread brings next.
+    Arrival,
+    /// A thread of the disk's pool.
+    Pool,
+}
+
 /// Whether a wait is bounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Deadline {
@@ -226,12 +236,13 @@ impl Deadlines {
         &self,
         disk: &Arc<Disk>,
         reply: R,
+        repeat_on: RepeatOn,
         work: impl Fn(Wait) -> io::Result<T> + Send + 'static,
         send: impl FnOnce(R, T) + Send + 'static,
     ) {
         let arrival = Arrival::take_expected();
         let slot = self.slot_for(disk, Deadline::IoTimeout, reply);
-        Repetition { slot, disk: Arc::clone(disk), work, send }.after(arrival);
+        Repetition { slot, disk: Arc::clone(disk), work, send }.after(arrival, repeat_on);
     }
 
     /// Returns the slot of a reply, which has its deadline from now on.
@@ -288,27 +299,42 @@ where
     W: Fn(Wait) -> io::Result<T> + Send + 'static,
     S: FnOnce(R, T) + Send + 'static,
 {
-    /// Goes on in the disk's pool, once the bytes are there for which `arrival` stands.
-    fn after(self, arrival: Option<Arrival>) {
+    /// Goes on once the bytes are there for which `arrival` stands, in the disk's pool unless `repeat_on`
+    /// says otherwise.
+    fn after(self, arrival: Option<Arrival>, repeat_on: RepeatOn) {
         let pool = Arc::clone(&self.disk.pools.io);
         match arrival {
             None => pool.run(Box::new(move || self.attempt(Wait::Yes))),
-            Some(arrival) => arrival.then(Box::new(move |outcome| match outcome {
-                Ok(()) => pool.run(Box::new(move || self.attempt(Wait::No))),
-                Err(errno) => self.slot.finish(Err(os_error(errno)), self.send),
+            Some(arrival) => arrival.then(Box::new(move |outcome| match (outcome, repeat_on) {
+                (Ok(()), RepeatOn::Arrival) => self.attempt_at_arrival(),
+                (Ok(()), RepeatOn::Pool) => pool.run(Box::new(move || self.attempt(Wait::No))),
+                (Err(errno), _) => self.slot.finish(Err(os_error(errno)), self.send),
             })),
         }
     }
 
     fn attempt(self, wait: Wait) {
+        match self.run(wait) {
+            Ok(()) => {}
+            Err((this, None)) if wait == Wait::No => this.attempt(Wait::Yes),
+            Err((this, arrival)) => this.after(arrival, RepeatOn::Pool),
+        }
+    }
+
+    fn attempt_at_arrival(self) {
+        if let Err((this, arrival)) = self.run(Wait::No) {
+            this.after(arrival, RepeatOn::Pool);
+        }
+    }
+
+    /// Does the work and replies. Returns it with what it waits for when it would have had to wait.
+    fn run(self, wait: Wait) -> Result<(), (Self, Option<Arrival>)> {
         Arrival::forget_expected();
-        let Some(result) = self.slot.run(|| (self.work)(wait)) else { return };
-        if !would_block(&result) {
-            return self.slot.finish(result, self.send);
+        let Some(result) = self.slot.run(|| (self.work)(wait)) else { return Ok(()) };
+        if would_block(&result) {
+            return Err((self, Arrival::take_expected()));
         }
-        match Arrival::take_expected() {
-            None if wait == Wait::No => self.attempt(Wait::Yes),
-            arrival => self.after(arrival),
-        }
+        self.slot.finish(result, self.send);
+        Ok(())
     }
 }
