@@ -163,12 +163,16 @@ impl Fetcher {
     }
 
     /// Begins to fetch what is missing of `range`, unless it is on its way. Returns the arrival of
-    /// the first missing byte; `None` when nothing is missing by now.
+    /// the first missing byte; `None` when nothing is missing by now, or nothing is read any more.
     pub(super) fn fetch(&self, range: &Range<u64>, urgency: Urgency) -> Option<Arrival> {
+        let sums = self.sums.as_deref();
+        // Nothing more is read of an image that does not match its bmap.
+        if sums.is_some_and(|sums| sums.mismatch().is_some()) {
+            return None;
+        }
         let alignment = u64::from(self.transport.limits().alignment.max(1));
         let mut first = None;
         let mut state = self.state.lock();
-        let sums = self.sums.as_deref();
         for missing in self.cache.missing(range) {
             let missing = sums.map_or(missing.clone(), |sums| sums.whole(missing));
             let start = missing.start - missing.start % alignment;

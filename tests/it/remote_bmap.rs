@@ -157,6 +157,29 @@ fn a_long_range_that_does_not_match_latches_and_is_fetched_anew_by_the_next_moun
 }
 
 #[test]
+fn what_was_kept_without_a_bmap_or_with_another_one_is_not_used() {
+    let lab = Lab::new();
+    image(&lab);
+    let nginx = Nginx::start(&lab);
+    lab.sh("bmaptool create --no-checksum -o plain.bmap base.img");
+    let disk = format!("vm={},mode=ro,ahead=0,read-cache=kept", nginx.url("/base.img"));
+    for (keys, is_kept) in [
+        ("", false),
+        ("", true),
+        (",bmap=plain.bmap", false),
+        (",bmap=base.bmap", false),
+        (",bmap=base.bmap", true),
+        ("", true),
+    ] {
+        lab.mount(&format!("{disk}{keys}"));
+        let before = bytes_asked(&lab);
+        lab.sh("cmp base.img m/vm");
+        assert_eq!(bytes_asked(&lab) == before, is_kept, "{keys}");
+        lab.umount();
+    }
+}
+
+#[test]
 fn a_bmap_that_does_not_fit_is_refused_with_one_line() {
     let lab = Lab::new();
     image(&lab);
