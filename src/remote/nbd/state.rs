@@ -22,8 +22,11 @@ const MAX_BYTES: usize = 64 << 20;
 /// The most requests on one connection. Servers work on 16 at a time; more wait there, not here.
 const MAX_REQUESTS: usize = 64;
 
-/// How many requests a connection has before another one is opened beside it.
-const BUSY_REQUESTS: usize = 4;
+/// What a connection has to do before another one takes part: requests that servers work on at a time,
+/// or bytes of reads and writes. Many small requests are sent, and answered, with fewer system calls over
+/// one connection; long ones are copied on several CPUs over several.
+const FULL_REQUESTS: usize = 16;
+const FULL_BYTES: usize = 64 << 10;
 
 /// A place for a connection.
 #[derive(Default)]
@@ -31,8 +34,16 @@ pub(super) struct Slot {
     pub(super) connection: Option<Arc<Connection>>,
     /// Requests that were sent and not answered.
     requests: usize,
+    /// The bytes of these.
+    bytes: usize,
     /// A thread works for this place.
     pub(super) is_taken: bool,
+}
+
+impl Slot {
+    fn has_enough(&self) -> bool {
+        self.requests >= FULL_REQUESTS || self.bytes >= FULL_BYTES
+    }
 }
 
 /// A time without any connection.
@@ -125,7 +136,12 @@ impl State {
                 let connection = slot.connection.clone()?;
                 (slot.requests < MAX_REQUESTS).then_some((at, slot, connection))
             });
-            let Some((at, slot, connection)) = free.min_by_key(|(_, slot, _)| slot.requests) else {
+            // The one that has most to do, but not enough; when all have that, the one that has least.
+            let order = |slot: &Slot| match slot.has_enough() {
+                true => (true, slot.requests),
+                false => (false, FULL_REQUESTS - slot.requests),
+            };
+            let Some((at, slot, connection)) = free.min_by_key(|(_, slot, _)| order(slot)) else {
                 break;
             };
             self.queue.pop_front();
@@ -137,6 +153,7 @@ impl State {
             };
             request.sent = Some((at, Instant::now()));
             slot.requests += 1;
+            slot.bytes += weight;
             self.bytes += weight;
             connection.enqueue(cookie, expected, header, payload);
             if !touched.iter().any(|other| Arc::ptr_eq(other, &connection)) {
@@ -154,9 +171,11 @@ impl State {
 
     fn release(&mut self, request: &Request) {
         if let Some((at, _)) = request.sent {
-            self.bytes = self.bytes.saturating_sub(request.operation.weight());
+            let weight = request.operation.weight();
+            self.bytes = self.bytes.saturating_sub(weight);
             if let Some(slot) = self.slots.get_mut(at) {
                 slot.requests = slot.requests.saturating_sub(1);
+                slot.bytes = slot.bytes.saturating_sub(weight);
             }
         }
     }
@@ -274,7 +293,7 @@ impl State {
         self.queue.clear();
         self.bytes = 0;
         for slot in &mut self.slots {
-            slot.requests = 0;
+            (slot.requests, slot.bytes) = (0, 0);
         }
         self.requests.drain().map(|(_, request)| request.operation.fail(errno)).collect()
     }
@@ -284,7 +303,8 @@ impl State {
         let open = self.slots.iter().filter(|slot| slot.connection.is_some()).count();
         let taken = self.slots.iter().filter(|slot| slot.is_taken).count();
         // One is opened at a time; during an outage none is.
-        if open != taken || self.requests.len() < open * BUSY_REQUESTS || now < self.open_after {
+        let is_busy = self.requests.len() > open * FULL_REQUESTS || self.bytes > open * FULL_BYTES;
+        if open != taken || !is_busy || now < self.open_after {
             return None;
         }
         let (at, slot) = self.slots.iter_mut().enumerate().find(|(_, slot)| !slot.is_taken)?;

@@ -116,6 +116,12 @@ fn load_opens_connections_where_the_server_allows_it() {
     let client = open(&image.socket(), "", NbdOptions { connections: 4, ..options() });
     assert_eq!(read(&client, 0..9).wait().unwrap(), image.slice(0..9));
     assert_eq!(client.connections(), 1);
+    // Sixteen small ones are enough for one.
+    let small: Vec<_> = (0..16).map(|at| read(&client, at * 4096..at * 4096 + 9)).collect();
+    for (at, small) in (0..).zip(small) {
+        assert_eq!(small.wait().unwrap(), image.slice(at * 4096..at * 4096 + 9));
+    }
+    assert_eq!(client.connections(), 1);
     eventually(|| {
         assert!(read_all(&client, 65_536) == image.bytes);
         client.connections() == 4
