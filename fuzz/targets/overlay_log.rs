@@ -51,7 +51,7 @@ fuzz_target!(|input: &[u8]| {
     let trusted = recover::examine(&again, tag).unwrap();
     let loaded = recover::load_map(&again, &trusted).unwrap();
     assert!(image.records().eq(loaded.records()));
-    if let Ok((overlay, _)) = Overlay::open(&found, tag, None) {
+    if let Ok((overlay, _)) = Overlay::open(&found, tag, None, &[]) {
         let _ = overlay.usage();
         let _ = overlay.extent_at(0..u64::MAX, Wait::Yes);
         walk(&overlay);

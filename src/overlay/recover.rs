@@ -1,5 +1,5 @@
 //! From the files of a layer to a running overlay: reading the log, deciding which records count,
-//! and writing a new log of exactly those.
+//! and writing a new log of exactly those, or on a full host making one of the old log.
 //!
 //! ```text
 //!   closed in good order          every record counts, whatever happened since
@@ -20,10 +20,10 @@ use super::error::LogError;
 use super::host_file::Create;
 use super::journal::{self, JournalContents};
 use super::record::{BootTag, LayerMap, MAX_SEQUENCE};
-use super::record_log::{self, Log, LogDir, LogEnd, LogScan};
+use super::record_log::{self, Log, LogDir, LogEnd, LogScan, OldLog};
 use super::state::{BlockIndex, BlockState};
 use super::storage::Storage;
-use crate::host;
+use crate::host::{self, is_out_of_space};
 
 /// The highest sequence after which a log is continued, half of what is accepted: a daemon that
 /// begins here does not reach the other half in 73,000 years, so no log that was opened once is
@@ -91,6 +91,8 @@ pub struct TrustedLog {
     pub records: u64,
     /// The condition in which the layer was found.
     pub recovered: Recovered,
+    /// Whether the log says that a sync has failed, or said so at first.
+    pub is_poisoned: bool,
     /// The records and blocks that the journal adds.
     pub journal: JournalContents,
 }
@@ -125,6 +127,7 @@ pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError>
         }
         LogEnd::Gap | LogEnd::Torn | LogEnd::Whole => {}
     }
+    let is_poisoned = poisoned.is_some();
     let births = scan.vouched.zip(scan.born);
     let Some((vouched, born)) = births.filter(|(vouched, born)| vouched >= born) else {
         return damaged(&scan, "no record vouches for the layer's beginning");
@@ -137,11 +140,12 @@ pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError>
         let known = journal.end.max(sequence + 1).saturating_sub(scan.first).min(scan.good);
         let lost = record_log::count_changes(&*files.log, &files.uuid, known..scan.good)?;
         let recovered = Recovered::Vouched { lost };
-        Ok(TrustedLog { scan: scan.clone(), records: upto(sequence), recovered, journal })
+        let (scan, records) = (scan.clone(), upto(sequence));
+        Ok(TrustedLog { scan, records, recovered, is_poisoned, journal })
     };
     let all = |recovered| {
-        let (count, journal) = (scan.good, JournalContents::default());
-        Ok(TrustedLog { scan: scan.clone(), records: count, recovered, journal })
+        let (records, journal) = (scan.good, JournalContents::default());
+        Ok(TrustedLog { scan: scan.clone(), records, recovered, is_poisoned, journal })
     };
     match poisoned {
         Some(durable) if durable > scan.last_sequence() => {
@@ -192,33 +196,122 @@ pub fn check_data(files: &LayerFiles, map: &LayerMap) -> Result<(), LogError> {
 }
 
 /// Opens a layer for writing: returns the map of the records that count, and a log to continue with
-/// that holds nothing else.
+/// that holds nothing else. Layers `below` are closed where the log vouches for this one.
 ///
 /// # Errors
-/// [`LogError`]; the layer's files are unchanged in that case.
-pub fn open_log(files: &LayerFiles, tag: BootTag) -> Result<(LayerMap, Log, Recovered), LogError> {
+/// [`LogError`]; the layer's files add up to the same as before in that case.
+pub fn open_log(
+    files: &LayerFiles,
+    tag: BootTag,
+    below: &[Arc<Overlay>],
+) -> Result<(LayerMap, Log, Recovered), LogError> {
     let trusted = examine(files, tag)?;
     let map = load_map(files, &trusted)?;
     // Blocks in the journal are not in the data file yet.
     if trusted.journal.blocks.is_empty() {
         check_data(files, &map)?;
     }
-    let log_dir = Arc::clone(&files.log_dir);
-    let (uuid, block_size) = (files.uuid, u64::from(files.block_size));
-    let highest = trusted.scan.highest.max(trusted.journal.end);
     let is_kept = trusted.recovered == Recovered::Clean
-        && highest <= MAX_CONTINUED
+        && highest(&trusted) <= MAX_CONTINUED
         && !record_log::is_worth_rewriting(&trusted.scan, &map);
     let log = if is_kept {
-        Log::reopen(log_dir, uuid, block_size, Arc::clone(&files.log), &trusted.scan, tag)?
+        reopen(files, &trusted, tag)?
     } else {
-        replay_journal(files, &trusted, &map)?;
-        let first = if highest <= MAX_CONTINUED { highest + 1 } else { RENUMBERED };
-        let log = Log::create(log_dir, uuid, block_size, &map, tag, first)?;
+        let (log, dir_synced) = match rewrite(files, &trusted, &map, tag) {
+            Err(full) if is_out_of_space(&full) => {
+                (resume(files, (&trusted, &map), tag, below, &full)?, Ok(()))
+            }
+            written => written?,
+        };
+        dir_synced?;
         journal::clear(&*files.log_dir);
         log
     };
     Ok((map, log, trusted.recovered))
+}
+
+/// Returns the highest sequence that the log or the journal has used.
+fn highest(trusted: &TrustedLog) -> u64 {
+    trusted.scan.highest.max(trusted.journal.end)
+}
+
+/// Continues a log that was closed in good order.
+fn reopen(files: &LayerFiles, trusted: &TrustedLog, tag: BootTag) -> io::Result<Log> {
+    let (log_dir, log) = (Arc::clone(&files.log_dir), Arc::clone(&files.log));
+    Log::reopen(log_dir, files.uuid, u64::from(files.block_size), log, &trusted.scan, tag)
+}
+
+/// Writes a new log that holds `map`; also returns whether its name is durable.
+fn rewrite(
+    files: &LayerFiles,
+    trusted: &TrustedLog,
+    map: &LayerMap,
+    tag: BootTag,
+) -> io::Result<(Log, io::Result<()>)> {
+    replay_journal(files, trusted, map)?;
+    let highest = highest(trusted);
+    let first = if highest <= MAX_CONTINUED { highest + 1 } else { RENUMBERED };
+    let log_dir = Arc::clone(&files.log_dir);
+    Log::replace(log_dir, files.uuid, u64::from(files.block_size), map, tag, first)
+}
+
+/// Goes on without the space for a new log, which a host refused with `full`: with the old log where that
+/// can be, or with what the end of the old log gives up.
+fn resume(
+    files: &LayerFiles,
+    (trusted, map): (&TrustedLog, &LayerMap),
+    tag: BootTag,
+    below: &[Arc<Overlay>],
+    full: &io::Error,
+) -> io::Result<Log> {
+    let scan = &trusted.scan;
+    if trusted.recovered == Recovered::Clean && highest(trusted) <= MAX_CONTINUED {
+        return reopen(files, trusted, tag);
+    }
+    let give_up_reserve = || match scan.end {
+        LogEnd::Whole => record_log::give_up_reserve(&*files.log, scan.good),
+        _ => Ok(()),
+    };
+    let Some(old) = resumable(files, trusted, map, tag)? else {
+        log::debug!("the log cannot go on in place ({full}): trying a new one again");
+        give_up_reserve()?;
+        let (log, dir_synced) = rewrite(files, trusted, map, tag)?;
+        return dir_synced.map(|()| log);
+    };
+    if replay_journal(files, trusted, map).is_err_and(|error| is_out_of_space(&error)) {
+        give_up_reserve()?;
+    }
+    replay_journal(files, trusted, map)?;
+    below.iter().try_for_each(|layer| layer.close_sealed())?;
+    let (log_dir, log) = (Arc::clone(&files.log_dir), Arc::clone(&files.log));
+    Log::resume(log_dir, files.uuid, u64::from(files.block_size), log, scan, (&old, tag))
+}
+
+/// Returns what to do to a log that was not closed so that it can go on in place; `None` where it has to
+/// be written anew.
+fn resumable(
+    files: &LayerFiles,
+    trusted: &TrustedLog,
+    map: &LayerMap,
+    tag: BootTag,
+) -> io::Result<Option<OldLog>> {
+    // A failed sync has to be known until the new log is durable.
+    if trusted.is_poisoned || highest(trusted) > MAX_CONTINUED {
+        return Ok(None);
+    }
+    if matches!(trusted.recovered, Recovered::All | Recovered::Damaged) {
+        return Ok(OldLog::whole(&trusted.scan));
+    }
+    let Some(old) = OldLog::vouched(&trusted.scan, &trusted.journal.records, tag) else {
+        return Ok(None);
+    };
+    let mut again = LayerMap::new(0, 0);
+    let block_size = u64::from(files.block_size);
+    record_log::replay(&*files.log, &files.uuid, old.counted(), block_size, &mut again)?;
+    old.missing.iter().for_each(|record| again.apply(record, block_size));
+    // Nothing else is to come of it, whatever somebody has put into the files.
+    let is_same = again.records().eq(map.records());
+    Ok(is_same.then_some(old))
 }
 
 /// Writes the journal's blocks into the data file, durably, because the new log will vouch for
@@ -236,7 +329,8 @@ fn replay_journal(files: &LayerFiles, trusted: &TrustedLog, map: &LayerMap) -> i
 }
 
 impl Overlay {
-    /// Opens a layer for use. `limit` caps the bytes of data that the layer may hold.
+    /// Opens a layer for use, over the layers `below` that may not be closed yet. `limit` caps the bytes
+    /// of data that the layer may hold.
     ///
     /// # Errors
     /// The errors of [`open_log`].
@@ -244,11 +338,12 @@ impl Overlay {
         files: &LayerFiles,
         tag: BootTag,
         limit: Option<u64>,
+        below: &[Arc<Self>],
     ) -> Result<(Self, Recovered), LogError> {
         if files.data.host_file().is_some_and(|file| host::is_read_only(file.first())) {
             return Self::open_read_only(files, tag);
         }
-        let (map, log, recovered) = open_log(files, tag)?;
+        let (map, log, recovered) = open_log(files, tag, below)?;
         let data = Arc::clone(&files.data);
         let overlay = Self::new(files.block_size, data, map, Some(log), tag, limit);
         match recovered {
@@ -277,6 +372,7 @@ impl Overlay {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use parking_lot::Mutex;
     use proptest::prelude::*;
@@ -293,15 +389,18 @@ mod tests {
         Arc::new(HostFile::single(tempfile::tempfile().unwrap()))
     }
 
-    /// A directory without a journal, which keeps the log that replaces another.
+    /// A directory without a journal, which keeps the log that replaces another, or has no space for it.
     #[derive(Default)]
-    struct NewLog(Mutex<Option<Arc<HostFile>>>);
+    struct NewLog(Mutex<Option<Arc<HostFile>>>, AtomicBool);
 
     impl LogDir for NewLog {
         fn replace_log(
             &self,
             fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
         ) -> io::Result<ReplacedLog> {
+            if self.1.load(Ordering::Relaxed) {
+                return Err(host::os_error(libc::ENOSPC));
+            }
             let file = temp();
             fill(&*file)?;
             *self.0.lock() = Some(Arc::clone(&file));
@@ -346,7 +445,7 @@ mod tests {
     /// Opens a layer for writing, checks that its log can be read again, and returns its size in
     /// bytes.
     fn opened_twice(files: &LayerFiles, log_dir: &NewLog, tag: BootTag) -> Result<u64, LogError> {
-        let (map, log, _) = open_log(files, tag)?;
+        let (map, log, _) = open_log(files, tag, &[])?;
         log.append(&[LogRecord::Close], record_log::ReserveUse::Full).unwrap();
         drop(log);
         let new = log_dir.0.lock().take();
@@ -382,7 +481,7 @@ mod tests {
         let mut records = numbered(1, vec![open(TAG), size(4096), vouch]);
         records.extend([(0, None), (MAX_SEQUENCE, Some(poisoned))]);
         let (files, _) = layer(&records);
-        let error = open_log(&files, BootTag([2; 2])).err();
+        let error = open_log(&files, BootTag([2; 2]), &[]).err();
         assert!(matches!(error, Some(LogError::Damaged { record: 3, .. })), "{error:?}");
     }
 
@@ -443,6 +542,7 @@ mod tests {
             (first, records) in any_log(),
             odd in prop_oneof![0..40u64, MAX_SEQUENCE - 40..=MAX_SEQUENCE],
             tag in 0..3u64,
+            is_full: bool,
         ) {
             let born = LogRecord::Vouch { upto: first + 1, durable: 0 };
             let mut log = numbered(first, vec![open(TAG), born]);
@@ -455,6 +555,7 @@ mod tests {
                 });
             }
             let (files, log_dir) = layer(&log);
+            log_dir.1.store(is_full, Ordering::Relaxed);
             let _ = opened_twice(&files, &log_dir, BootTag([tag; 2]));
         }
     }
@@ -473,6 +574,7 @@ mod tests {
             tag: None,
             born: Some(1),
             vouched: Some(1),
+            last_vouch: Some(1),
             poisoned: None,
             generation: None,
             closed: false,
@@ -484,7 +586,8 @@ mod tests {
             blocks: BTreeMap::from([(last, vec![1])]),
             ..JournalContents::default()
         };
-        let trusted = TrustedLog { scan, records: 1, recovered: Recovered::All, journal };
+        let trusted =
+            TrustedLog { scan, records: 1, recovered: Recovered::All, is_poisoned: false, journal };
         let error = replay_journal(&files, &trusted, &map).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
         assert_eq!(files.data.len().unwrap(), 0);

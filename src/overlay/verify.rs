@@ -183,7 +183,7 @@ impl LockedOverlay {
         let tag = boot_tag::current(&self.dir).map_err(OverlayError::io("reading the boot id"))?;
         let in_log = |error| OverlayError::Log { uuid: record.uuid, error };
         let files = open_layer_files(&self.layers_dir, record, |_| Ok(()))?.files;
-        let (top, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
+        let (top, recovered) = Overlay::open(&files, tag, None, &[]).map_err(in_log)?;
         top.close_sealed().map_err(OverlayError::io("closing its log"))?;
         Ok(recovered)
     }

@@ -129,7 +129,7 @@ impl Bed {
             Some(seed) => self.base.file.after_power_cut(&layer.host, seed.wrapping_mul(31)),
         };
         let life = self.life + u64::from(seed.is_some());
-        let (overlay, _) = Overlay::open(&layer.files(), BootTag([life; 2]), None).unwrap();
+        let (overlay, _) = Overlay::open(&layer.files(), BootTag([life; 2]), None, &[]).unwrap();
         Self { layer, base: SimBase { file: Arc::new(file), size: SIZE }, overlay, life }
     }
 

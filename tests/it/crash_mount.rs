@@ -295,3 +295,157 @@ fn torn_end_of_the_log_gives_the_older_state() {
     assert_eq!(read(&file, 8192, 6), [0; 6]);
     drop(file);
 }
+
+/// Returns a checksum of every file of the mount.
+fn sums(lab: &Lab) -> String {
+    lab.sh("cd m; sha256sum *")
+}
+
+/// Checks that the store at `t/st`, killed on a host without space, can be mounted, read and repaired,
+/// and that its disks still hold `before`.
+#[track_caller]
+fn is_usable_without_space(lab: &Lab, before: &str) {
+    for options in ["-o ro", "", ""] {
+        lab.ok("umount m");
+        let said = lab.ok("check t/st");
+        assert!(said.contains("nothing is lost"), "{said}");
+        lab.mount(&format!("--store t/st {options}"));
+        assert_eq!(sums(lab), before, "{options}");
+        lab.kill();
+    }
+    lab.ok("umount m");
+    lab.ok("check t/st --repair");
+    let said = lab.ok("check t/st");
+    assert!(
+        said.lines().all(|line| !line.starts_with("state") || line.ends_with("clean")),
+        "{said}"
+    );
+    lab.mount("--store t/st");
+    assert_eq!(sums(lab), before);
+    // What is removed makes room, once the host has freed it.
+    lab.sh("rm m/a*
+        for turn in $(seq 100); do
+            head -c 1M /dev/zero | tr '\\0' x >m/b 2>/dev/null && break
+            sleep .1
+        done
+        sync m/b
+        test $(stat -c %s m/b) = 1048576
+        rm m/b");
+    lab.umount();
+}
+
+/// Fills the file system `t` through a disk of a store there, and kills the daemon.
+fn fill_and_kill(lab: &Lab) -> String {
+    lab.mount("--store t/st");
+    lab.sh("exec 2>/dev/null
+        dd if=/dev/urandom of=m/a bs=4k || :
+        dd if=/dev/urandom of=m/a bs=512 seek=190000 count=2000 conv=notrunc || :
+        sync -f m || :");
+    let before = sums(lab);
+    lab.kill();
+    before
+}
+
+#[test]
+fn killed_store_that_fills_its_host_is_usable() {
+    for (fs, size) in [("tmpfs", 40 * MIB), ("ext4 -m0", 64 * MIB), ("xfs", 320 * MIB)] {
+        let lab = Lab::new();
+        if fs == "tmpfs" {
+            lab.sh(&format!("mkdir t; mount -t tmpfs -o size={size},mode=755 t t"));
+        } else {
+            lab.host("t", fs, size);
+        }
+        let before = fill_and_kill(&lab);
+        is_usable_without_space(&lab, &before);
+        lab.sh("umount t");
+    }
+}
+
+#[test]
+fn killed_store_that_has_used_the_inodes_of_its_host_is_usable() {
+    let lab = Lab::new();
+    lab.host("t", "ext4 -m0 -N 64", 64 * MIB);
+    lab.mount("--store t/st");
+    lab.sh("for k in $(seq 40); do echo $k >m/a$k || break; done 2>/dev/null");
+    lab.sh("while touch t/fill$((k=${k:-0}+1)); do :; done 2>/dev/null");
+    let before = sums(&lab);
+    lab.kill();
+    is_usable_without_space(&lab, &before);
+    lab.sh("umount t");
+}
+
+#[test]
+fn power_cut_on_a_host_without_space_keeps_synced_data() {
+    for fill in ["head -c 1G /dev/zero >t/fill", "while touch t/fill$((k=${k:-0}+1)); do :; done"] {
+        let lab = Lab::new();
+        let device = lab.host("t", "ext4 -m0 -N 64", 64 * MIB);
+        lab.mount("d=blank:8M,overlay=t/ov");
+        let file = lab.open("m/d");
+        file.write_all_at(&noise(MIB, 1), 0).unwrap();
+        file.sync_all().unwrap();
+        lab.sh(&format!("({fill}) 2>/dev/null || :; sync -f t"));
+        file.write_all_at(&noise(MIB, 2), 0).unwrap();
+        file.sync_all().unwrap();
+        // Not synced; on a full host not even written.
+        let _ = file.write_all_at(&noise(MIB, 3), 2 * MIB);
+        cut_power(&lab, "t");
+        lab.kill();
+        drop(file);
+        lab.ok("umount m");
+        lab.sh(&format!("umount t; mount {device} t"));
+        for options in ["-o ro", ""] {
+            lab.mount(&format!("d=blank:8M,overlay=t/ov {options}"));
+            assert!(read(&lab.open_ro("m/d"), 0, MIB) == noise(MIB, 2), "{fill}");
+            lab.umount();
+        }
+        lab.sh("umount t");
+    }
+}
+
+#[test]
+fn closed_overlay_is_mounted_on_a_full_host() {
+    let lab = Lab::new();
+    lab.sh("mkdir t; mount -t tmpfs -o size=20m,mode=755 t t");
+    lab.mount("d=blank:1M,overlay=t/ov");
+    let file = lab.open("m/d");
+    file.write_all_at(&noise(MIB, 1), 0).unwrap();
+    for turn in 0..200 {
+        file.write_all_at(&noise(4096, turn), 4096).unwrap();
+        fallocate(&file, PUNCH, 4096..8192).unwrap();
+    }
+    drop(file);
+    lab.umount();
+    lab.sh("head -c 1G /dev/zero >t/fill 2>/dev/null || :");
+    for _ in 0..3 {
+        lab.mount("d=blank:1M,overlay=t/ov");
+        let file = lab.open("m/d");
+        assert!(read(&file, 8192, 4096) == noise(MIB, 1)[8192..12_288]);
+        drop(file);
+        lab.umount();
+    }
+    lab.sh("umount t");
+}
+
+#[test]
+fn append_that_a_file_size_limit_cuts_short_is_no_damage() {
+    let lab = Lab::new();
+    for limit in [199, 200, 208, 217] {
+        lab.mount("d=blank:1M,overlay=ov");
+        let file = lab.open("m/d");
+        file.write_all_at(b"one", 0).unwrap();
+        file.write_all_at(b"two", 8192).unwrap();
+        file.write_all_at(b"three", 16_384).unwrap();
+        file.sync_all().unwrap();
+        lab.kill();
+        drop(file);
+        lab.ok("umount m");
+        let limit = format!("--fsize={limit}:{limit}");
+        let output = lab.output("prlimit", &[&limit, COWSLIP, "check", "ov", "--repair"]);
+        assert_eq!(output.status.code(), Some(1), "{}", show(&output));
+        let said = lab.ok("check ov");
+        assert!(said.contains("nothing is lost") && !said.contains("unreadable"), "{said}");
+        assert!(!lab.mount("d=blank:1M,overlay=ov").contains("damaged"));
+        lab.umount();
+        lab.sh("rm -r ov");
+    }
+}

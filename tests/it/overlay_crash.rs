@@ -8,14 +8,15 @@ use std::thread;
 
 use crate::common::library::{SimDisk, SimDisks, TestBase};
 use crate::common::model::{End, Menu, Model, Op, apply, op, perform};
-use crate::common::sim::{Chance, Deed, Role, SECTOR};
+use crate::common::sim::{Chance, Deed, Role, SECTOR, SimLayer};
 use crate::common::written;
 use cowslip::layer::{Wait, WritableLayer};
 use cowslip::overlay::error::LogError;
 use cowslip::overlay::host_file::{HostFile, SEGMENT_LEN};
-use cowslip::overlay::record::{LogRecord, RECORD_LEN};
-use cowslip::overlay::record_log;
+use cowslip::overlay::record::{BootTag, LayerMap, LogRecord, RECORD_LEN};
+use cowslip::overlay::record_log::{self, Log, LogDir};
 use cowslip::overlay::recover::Recovered;
+use cowslip::overlay::state::{BlockIndex, BlockState};
 use cowslip::overlay::storage::Storage;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -490,6 +491,124 @@ fn log_reserve_is_left_to_punches_and_syncs() {
     let model = disk.model();
     legal(&model, &disk.after_power_cut(3).unwrap().0, "power cut");
     legal(&model, &disk.after_kill().unwrap().0, "killed");
+}
+
+/// Opens a copy of `disk` in `layer` on a host with `space` bytes, and gives it more space then. The power
+/// may be cut before step `cut`.
+fn open_full(
+    disk: &SimDisk,
+    layer: &SimLayer,
+    life: u64,
+    (space, cut): (u64, u64),
+) -> Result<SimDisk, LogError> {
+    let host = &layer.host;
+    host.set_capacity(Some(space));
+    host.cut_at(host.steps().saturating_add(cut));
+    let opened = SimDisk::open(layer.clone(), &disk.base, life, None);
+    host.set_capacity(None);
+    if !host.is_off() {
+        host.cut_at(u64::MAX);
+    }
+    opened.map(|(found, _)| found)
+}
+
+/// Recovers `disk` on a full host after a kill and after power cuts: the recovery itself is cut at every
+/// storage operation.
+fn recover_full(disk: &SimDisk, left: &Left) {
+    let states = (0..8).map(|seed| (disk.layer.power_cut(seed), 2, &left.power));
+    for (start, life, model) in states.chain([(disk.layer.kill(), 1, &left.kill)]) {
+        let space = start.host.used();
+        for cut in 0.. {
+            let layer = start.kill();
+            let old = layer.home.log();
+            let opened = open_full(disk, &layer, life, (space, cut));
+            let what = format!("life {life}, cut {cut}");
+            assert!(Arc::ptr_eq(&old, &layer.home.log()), "{what}: there was space for a new log");
+            if !layer.host.is_off() {
+                assert!(cut >= 2, "the recovery had only {cut} storage operations");
+                let found = opened.unwrap_or_else(|error| panic!("{what}: {error}"));
+                legal(model, &found, &what);
+                goes_on(found, &what);
+                break;
+            }
+            for seed in 0..4 {
+                let again = open_full(disk, &layer.power_cut(seed), 9, (space, u64::MAX));
+                legal(&left.power, &again.unwrap_or_else(|e| panic!("{what}: {e}")), &what);
+            }
+            let killed = open_full(disk, &layer.kill(), life, (space, u64::MAX));
+            legal(model, &killed.unwrap_or_else(|e| panic!("{what}, killed: {e}")), &what);
+            let (roomy, _) = SimDisk::open(layer.power_cut(5), &disk.base, 9, None).unwrap();
+            legal(&left.power, &roomy, &what);
+        }
+    }
+}
+
+#[test]
+fn recovery_on_a_full_host_cut_anywhere_keeps_all_promises() {
+    let ops = script();
+    for count in [4, 8, 14, 20, 22, 25, 27, ops.len()] {
+        let (mut target, mut models) = pair();
+        let left = play(&mut target, &mut models, &ops[..count]);
+        recover_full(&target.0[0], &left);
+    }
+}
+
+#[test]
+fn recovery_of_a_journal_on_a_full_host_cut_anywhere_keeps_all_promises() {
+    let ops = small_syncs();
+    for count in [4, 8, 12, 16, 24, ops.len()] {
+        let (mut target, mut models) = pair();
+        target.0[0].accustom();
+        let left = play(&mut target, &mut models, &ops[..count]);
+        recover_full(&target.0[0], &left);
+    }
+}
+
+#[test]
+fn records_appended_during_the_last_sync_do_not_count_on_a_full_host() {
+    let base = Arc::new(TestBase::solid(SIZE));
+    let mut disk = SimDisk::persistent(&base, SIZE, 512, None);
+    disk.write(&[1; 4096], 0).unwrap();
+    let mut model = disk.model();
+    let host = Arc::clone(&disk.layer.host);
+    host.hold(Role::Data, Deed::Sync);
+    thread::scope(|scope| {
+        let overlay = disk.overlay();
+        let sync = scope.spawn(|| overlay.sync());
+        host.wait_held(1);
+        for at in 0..30 {
+            overlay.write_at(&[2; 512], 8192 + at * 1024, &*base, Wait::Yes).unwrap();
+        }
+        overlay.zero(0..2048, &*base, Wait::Yes).unwrap();
+        host.release();
+        sync.join().unwrap().unwrap();
+    });
+    model.synced();
+    for at in 0..30 {
+        model.write(8192 + at * 1024, &[2; 512]);
+    }
+    model.zero(0..2048);
+    let mut kill = model.clone();
+    kill.synced();
+    recover_full(&disk, &Left { power: model, kill });
+}
+
+#[test]
+fn append_without_room_for_all_of_it_leaves_nothing() {
+    let layer = SimLayer::new(BLOCK);
+    let mut map = LayerMap::new(SIZE, 0);
+    for at in 0..12 {
+        map.blocks.set(BlockIndex(at * 2)..BlockIndex(at * 2 + 1), BlockState::Zero);
+    }
+    let home = Arc::clone(&layer.home) as Arc<dyn LogDir>;
+    let log = Log::create(home, layer.uuid, 4096, &map, BootTag([1; 2]), 1).unwrap();
+    assert_eq!(layer.home.log().bytes().len(), 480, "the next record ends a sector");
+    layer.host.set_capacity(Some(layer.host.used()));
+    let two = [LogRecord::Intent, LogRecord::Done];
+    let error = log.append(&two, record_log::ReserveUse::Full).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+    assert_eq!(layer.home.log().bytes().len(), 480);
+    log.append(&two[..1], record_log::ReserveUse::Full).unwrap();
 }
 
 /// Creates a disk with a long log: three syncs, then records that no Vouch covers. Also returns the

@@ -255,7 +255,7 @@ fn try_open_sealed(
         locked => locked
             .map_err(|error| OverlayError::io("locking a layer to recover it")(error.into()))?,
     }
-    let (layer, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
+    let (layer, recovered) = Overlay::open(&files, tag, None, &[]).map_err(in_log)?;
     layer.close_sealed().map_err(OverlayError::io("closing the log of a recovered layer"))?;
     Ok(Some((Arc::new(layer), recovered)))
 }

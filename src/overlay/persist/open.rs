@@ -157,7 +157,8 @@ impl LockedOverlay {
         let snapshot_layers = self.open_snapshot_layers(cache);
         let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
         let limit = limit.map(|limit| limit.saturating_sub(held));
-        let (overlay, found) = Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
+        let (overlay, found) =
+            Overlay::open(&self.files, tag, limit, &below).map_err(self.log_error())?;
         let Self { stack, dir, layers_dir, lock, .. } = self;
         let (recovered, dir) =
             (recovered.combine(found), OverlayDir::new(stack, dir, layers_dir, lock));

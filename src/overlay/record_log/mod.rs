@@ -10,8 +10,9 @@
 //! rewrites it as exactly the records that are trusted, and while it is in use it is compacted when it
 //! has grown far beyond its map. `docs/overlay-format.md` argues why a crash at any point is safe.
 //!
-//! `scan` reads a log and judges it, `writer` writes a new one.
+//! `scan` reads a log and judges it, `writer` writes a new one, `resume` goes on with an old one.
 
+mod resume;
 mod scan;
 mod writer;
 
@@ -22,6 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use uuid::Uuid;
 
+pub use self::resume::{OldLog, give_up_reserve};
 use self::scan::for_each_record;
 pub use self::scan::{LogEnd, LogScan, count_changes, replay, scan};
 use self::writer::LogWriter;
@@ -115,6 +117,16 @@ impl LogTail {
         (self.next - self.first) * RECORD_BYTES
     }
 
+    /// Removes what follows the last record: reserved space, or the part of an append that was written
+    /// before it failed, which would count as damage after a crash.
+    fn cut_off(&mut self) {
+        // On a host that cannot truncate, zeros remain, which hold no record.
+        let _ = self.file.truncate(self.end());
+        if self.preallocated != u64::MAX {
+            self.preallocated = 0;
+        }
+    }
+
     /// Ensures that `len` more bytes will find space.
     fn preallocate(&mut self, len: u64, reserve_use: ReserveUse) -> io::Result<()> {
         let kept = match reserve_use {
@@ -153,7 +165,8 @@ impl Log {
     /// sequence `first`. All of it is vouched: the caller must have made the data durable.
     ///
     /// # Errors
-    /// The host's errno; the old log, if any, is still in place in that case.
+    /// The host's errno; the old log, if any, is still in place in that case, or nobody knows whether
+    /// a power cut brings it back.
     pub fn create(
         log_dir: Arc<dyn LogDir>,
         uuid: Uuid,
@@ -162,6 +175,23 @@ impl Log {
         tag: BootTag,
         first: u64,
     ) -> io::Result<Self> {
+        let (log, dir_synced) = Self::replace(log_dir, uuid, block_size, map, tag, first)?;
+        dir_synced?;
+        Ok(log)
+    }
+
+    /// Does the work of [`create`](Self::create), and returns also whether the log's name is durable.
+    ///
+    /// # Errors
+    /// The host's errno; the old log, if any, is still in place in that case.
+    pub fn replace(
+        log_dir: Arc<dyn LogDir>,
+        uuid: Uuid,
+        block_size: u64,
+        map: &LayerMap,
+        tag: BootTag,
+        first: u64,
+    ) -> io::Result<(Self, io::Result<()>)> {
         let mut next = first;
         let ReplacedLog { file, dir_synced } = log_dir.replace_log(&mut |file| {
             let mut writer = LogWriter::new(file, uuid, first);
@@ -173,37 +203,9 @@ impl Log {
             next = writer.sequence;
             Ok(())
         })?;
-        dir_synced?;
         // The last record vouches for all records.
-        Ok(Self::from_parts(log_dir, uuid, block_size, file, (first, next), next - 1))
-    }
-
-    /// Continues a log that was closed in good order.
-    ///
-    /// # Errors
-    /// The host's errno from appending `Open` and making it durable.
-    pub fn reopen(
-        log_dir: Arc<dyn LogDir>,
-        uuid: Uuid,
-        block_size: u64,
-        file: Arc<dyn Storage>,
-        scan: &LogScan,
-        tag: BootTag,
-    ) -> io::Result<Self> {
-        let vouched = scan.vouched.unwrap_or(0);
-        let log = Self::from_parts(
-            log_dir,
-            uuid,
-            block_size,
-            file,
-            (scan.first, scan.last_sequence() + 1),
-            vouched,
-        );
-        log.append(&[LogRecord::Open { tag }], ReserveUse::Full)?;
-        // Every later `Vouch` claims that the records before it, including this `Open`, are
-        // durable.
-        log.sync()?;
-        Ok(log)
+        let log = Self::from_parts(log_dir, uuid, block_size, file, (first, next), next - 1);
+        Ok((log, dir_synced))
     }
 
     fn from_parts(
@@ -246,7 +248,10 @@ impl Log {
             slot.copy_from_slice(&record.encode(&self.uuid, sequence));
             sequence += 1;
         }
-        tail.file.write_at(&[IoSlice::new(bytes)], tail.end())?;
+        if let Err(error) = tail.file.write_at(&[IoSlice::new(bytes)], tail.end()) {
+            tail.cut_off();
+            return Err(error);
+        }
         tail.next = sequence;
         Ok(sequence - 1)
     }
@@ -320,13 +325,7 @@ impl Log {
     /// # Errors
     /// The host's errno.
     pub fn finish(&self) -> io::Result<()> {
-        let mut tail = self.tail.lock();
-        if tail.preallocated != 0 {
-            // Zeros remain on a host that cannot truncate; they hold no record.
-            let _ = tail.file.truncate(tail.end());
-            tail.preallocated = 0;
-        }
-        drop(tail);
+        self.tail.lock().cut_off();
         self.sync()
     }
 

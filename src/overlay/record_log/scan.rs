@@ -29,6 +29,8 @@ pub struct LogScan {
     pub born: Option<u64>,
     /// The `upto` of the last good `Vouch`.
     pub vouched: Option<u64>,
+    /// The sequence of that `Vouch` itself.
+    pub last_vouch: Option<u64>,
     /// The `durable` of a `Poisoned` record.
     pub poisoned: Option<u64>,
     /// The `vouched` of that record.
@@ -86,6 +88,7 @@ impl LogScan {
                     LogRecord::Vouch { upto, .. } => {
                         self.is_settled |= self.vouched.is_some();
                         self.vouched = Some(upto);
+                        self.last_vouch = Some(sequence);
                         self.born.get_or_insert(sequence);
                     }
                     LogRecord::Poisoned { durable, vouched } => {
@@ -114,6 +117,7 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<LogScan> {
         tag: None,
         born: None,
         vouched: None,
+        last_vouch: None,
         poisoned: None,
         generation: None,
         closed: false,

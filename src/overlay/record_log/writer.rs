@@ -1,4 +1,4 @@
-//! Writing a new log: records one after the other.
+//! Writing records one after the other: a new log, or a part of an old one.
 
 use std::io::{self, IoSlice};
 
@@ -19,7 +19,12 @@ pub(super) struct LogWriter<'a> {
 
 impl<'a> LogWriter<'a> {
     pub(super) fn new(file: &'a dyn Storage, uuid: Uuid, first: u64) -> Self {
-        Self { file, uuid, sequence: first, offset: 0, buf: Vec::new() }
+        Self::at(file, uuid, first, 0)
+    }
+
+    /// Writes from byte `offset` of an existing log on.
+    pub(super) fn at(file: &'a dyn Storage, uuid: Uuid, sequence: u64, offset: u64) -> Self {
+        Self { file, uuid, sequence, offset, buf: Vec::new() }
     }
 
     pub(super) fn write_record(&mut self, record: &LogRecord) -> io::Result<()> {

@@ -338,7 +338,7 @@ impl SimDisk {
         life: u64,
         limit: Option<u64>,
     ) -> Result<(Self, Recovered), LogError> {
-        let (overlay, recovered) = Overlay::open(&layer.files(), BootTag([life; 2]), limit)?;
+        let (overlay, recovered) = Overlay::open(&layer.files(), BootTag([life; 2]), limit, &[])?;
         let shape = Shape::of(&overlay);
         let base = Arc::clone(base);
         Ok((Self { layer, base, overlay: Some(overlay), life, limit, shape }, recovered))
