@@ -28,7 +28,9 @@ mod status;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
 
+use parking_lot::RwLock;
 use serde::Serialize;
 
 use self::api::{Answer, Line, Outcome};
@@ -58,6 +60,9 @@ pub struct Control {
     pub invalidator: std::sync::OnceLock<Invalidator>,
     /// Number of requests in progress.
     pub running_requests: AtomicUsize,
+    /// When an unmount was last told what it does to the disks. A `keep`, which changes that, has it
+    /// locked, shared.
+    pub summarised: RwLock<Option<Instant>>,
 }
 
 impl Control {

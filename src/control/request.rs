@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::api::{
     Answer, DiskRequest, Lines, MountRequest, Outcome, Progress, Refusal, parse_disk_request,
@@ -18,6 +19,9 @@ use crate::overlay::persist::{self, OverlayPath};
 use crate::stream::output::{DrainTimeout, FinishError};
 use crate::stream::{Stream, UnmountPolicy};
 use crate::trust;
+
+/// The time that an unmount has after its `drain`, in which no `keep` makes untrue what that has said.
+const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whether `disk` is the one that a request means: any disk, if the request names no inode.
 pub(super) fn matches_inode(disk: &Disk, inode: Option<u64>) -> bool {
@@ -54,23 +58,27 @@ impl Control {
 
     /// Makes everything durable and answers what an unmount will do to each disk.
     fn drain(&self, streams: UnmountPolicy, timeout: DrainTimeout) -> Outcome {
-        let (mut lines, mut failed) = (Vec::new(), Vec::new());
-        for (name, entry) in self.catalog.list() {
+        let disks = self.catalog.list();
+        let end = |(name, entry): &(String, Arc<CatalogEntry>)| {
             if entry.disk.stream().is_some() {
-                match entry.disk.end_stream(streams, timeout) {
-                    Ok(line) => lines.extend(line),
-                    Err(reason) => failed.push(format!("{name}: {reason}")),
-                }
-                continue;
+                let ended = entry.disk.end_stream(streams, timeout);
+                return Some(ended.map_err(|reason| format!("{name}: {reason}")));
             }
-            if let Err(error) = entry.disk.sync() {
-                failed.push(format!("{name}: could not be made durable: {error}"));
-                continue;
-            }
-            match unmount_summary(&name, &entry.disk) {
+            let synced = entry.disk.sync();
+            synced.err().map(|error| Err(format!("{name}: could not be made durable: {error}")))
+        };
+        let ended: Vec<_> = disks.iter().map(end).collect();
+        // A `keep` that is in progress decides what is said of its disk.
+        let summarised = self.summarised.try_write_for(UNMOUNT_TIMEOUT);
+        let (mut lines, mut failed) = (Vec::new(), Vec::new());
+        for ((name, entry), ended) in disks.iter().zip(ended) {
+            match ended.unwrap_or_else(|| unmount_summary(name, &entry.disk)) {
                 Ok(line) => lines.extend(line),
                 Err(line) => failed.push(line),
             }
+        }
+        if let Some(mut at) = summarised {
+            *at = Some(Instant::now());
         }
         Outcome::Lines(Lines { lines, failed: Some(failed) })
     }
@@ -148,6 +156,14 @@ impl Control {
     }
 
     fn keep(&self, name: &str, entry: &CatalogEntry, dir: &Path) -> Result<(), String> {
+        // Held to the end: what an unmount says of the disk is to be true when it is done.
+        let summarised = self.summarised.read();
+        if summarised.is_some_and(|at| at.elapsed() < UNMOUNT_TIMEOUT) {
+            return Err(format!(
+                "{name}: the mount is being unmounted, and its changes are discarded: try again in a few \
+                 seconds, should it stay"
+            ));
+        }
         if !dir.is_absolute() {
             return Err(format!("'{}' is not an absolute path", dir.display()));
         }

@@ -165,6 +165,8 @@ mod tests {
     use std::sync::OnceLock;
     use std::sync::atomic::AtomicUsize;
 
+    use parking_lot::RwLock;
+
     use super::*;
     use crate::catalog::{Catalog, DiskOrigin};
     use crate::config::{self, CacheMode};
@@ -185,6 +187,7 @@ mod tests {
             device: OnceLock::new(),
             invalidator: OnceLock::new(),
             running_requests: AtomicUsize::new(0),
+            summarised: RwLock::default(),
         };
         (Arc::new(control), ControlNode::DiskCtl(slot))
     }

@@ -30,6 +30,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
+use parking_lot::RwLock;
+
 use self::daemon::StartupReporter;
 use self::disks::{open_disks, open_store};
 use self::kernel::AllowedContents;
@@ -151,6 +153,7 @@ fn fs_context(plan: &MountPlan, catalog: &Arc<Catalog>) -> Arc<FsContext> {
         device: OnceLock::new(),
         invalidator: OnceLock::new(),
         running_requests: AtomicUsize::new(0),
+        summarised: RwLock::default(),
     });
     Arc::new(FsContext {
         catalog: Arc::clone(catalog),

@@ -265,3 +265,19 @@ fn answer_to_a_drain_lists_what_an_unmount_does() {
     let known = r#"{"ok":{"lines":["e: 0 bytes of changes kept in 'DIR/ov'","t: 4 KiB of changes discarded (temporary overlay)"],"failed":[]}}"#;
     assert_eq!(ask(&lab, "ctl", r#"{"op":"drain","streams":"leave"}"#), known);
 }
+
+#[test]
+fn what_an_unmount_has_said_of_a_disk_stays_true() {
+    let lab = Lab::new();
+    lab.mount("d=blank:1M");
+    lab.open("m/d").write_all(b"x").unwrap();
+    let said = ask(&lab, "ctl", r#"{"op":"drain","streams":"leave"}"#);
+    assert!(said.contains("d: 4 KiB of changes discarded (temporary overlay)"), "{said}");
+    // The unmount has a few seconds for the rest.
+    let line = lab.refused(1, "keep m/d kept");
+    assert!(line.contains("the mount is being unmounted"), "{line}");
+    assert!(!lab.path("kept").exists());
+    wait_until("the mount has stayed", || lab.cowslip("keep m/d kept").status.success());
+    let said = lab.umount();
+    assert!(said.contains("d: 4 KiB of changes kept in '"), "{said}");
+}
