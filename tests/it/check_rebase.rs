@@ -110,7 +110,7 @@ fn sealed_layer_without_its_end_is_damage_once_a_layer_above_was_synced() {
     let good = fs::read(&log).unwrap();
     // Only the `Close`; and so much that data is gone with it.
     for cut in [32, 96] {
-        fs::write(&log, &good[..good.len() - cut]).unwrap();
+        fs::write(&log, &good[..written(&good) - cut]).unwrap();
         let said = damaged(&lab, "check ov --repair");
         let named = format!("damage   layer {} (snapshot 'one'): the log", short(&layers[0]));
         assert!(said.contains(&named) && said.contains("was closed before"), "{said}");

@@ -406,9 +406,9 @@ fn power_cut_on_a_host_without_space_keeps_synced_data() {
 fn closed_overlay_is_mounted_on_a_full_host() {
     let lab = Lab::new();
     lab.sh("mkdir t; mount -t tmpfs -o size=20m,mode=755 t t");
-    lab.mount("d=blank:1M,overlay=t/ov");
+    lab.mount("d=blank:4M,overlay=t/ov");
     let file = lab.open("m/d");
-    file.write_all_at(&noise(MIB, 1), 0).unwrap();
+    file.write_all_at(&noise(4 * MIB, 1), 0).unwrap();
     for turn in 0..200 {
         file.write_all_at(&noise(4096, turn), 4096).unwrap();
         fallocate(&file, PUNCH, 4096..8192).unwrap();
@@ -417,12 +417,20 @@ fn closed_overlay_is_mounted_on_a_full_host() {
     lab.umount();
     lab.sh("head -c 1G /dev/zero >t/fill 2>/dev/null || :");
     for _ in 0..3 {
-        lab.mount("d=blank:1M,overlay=t/ov");
+        lab.mount("d=blank:4M,overlay=t/ov");
         let file = lab.open("m/d");
-        assert!(read(&file, 8192, 4096) == noise(MIB, 1)[8192..12_288]);
+        assert!(read(&file, 8192, 4096) == noise(4 * MIB, 1)[8192..12_288]);
         drop(file);
         lab.umount();
     }
+    lab.mount("d=blank:4M,overlay=t/ov");
+    let file = lab.open("m/d");
+    fallocate(&file, PUNCH, 16_384..3 * MIB).unwrap();
+    file.sync_all().unwrap();
+    file.write_all_at(&noise(8192, 2), 16_384).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    lab.umount();
     lab.sh("umount t");
 }
 

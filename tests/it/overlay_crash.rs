@@ -13,7 +13,7 @@ use crate::common::written;
 use cowslip::layer::{Wait, WritableLayer};
 use cowslip::overlay::error::LogError;
 use cowslip::overlay::host_file::{HostFile, SEGMENT_LEN};
-use cowslip::overlay::record::{BootTag, LayerMap, LogRecord, RECORD_LEN};
+use cowslip::overlay::record::{BootTag, LayerMap, LogRecord, MtimeOrigin, RECORD_LEN};
 use cowslip::overlay::record_log::{self, Log, LogDir};
 use cowslip::overlay::recover::Recovered;
 use cowslip::overlay::state::{BlockIndex, BlockState};
@@ -591,6 +591,30 @@ fn records_appended_during_the_last_sync_do_not_count_on_a_full_host() {
     let mut kill = model.clone();
     kill.synced();
     recover_full(&disk, &Left { power: model, kill });
+}
+
+#[test]
+fn disk_that_is_opened_on_a_full_host_can_be_emptied_and_closed() {
+    let base = Arc::new(TestBase::solid(SIZE));
+    // The last record of the log ends at each place of a sector.
+    for more in 0..16 {
+        let mut disk = SimDisk::persistent(&base, SIZE, BLOCK, None);
+        disk.write(&[1; 16_384], 0).unwrap();
+        (0..more).for_each(|turn| disk.overlay().record_mtime(turn, MtimeOrigin::Written).unwrap());
+        disk.overlay().close().unwrap();
+        let host = Arc::clone(&disk.layer.host);
+        host.set_capacity(Some(host.used()));
+        let (mut disk, _) = SimDisk::open(disk.layer.clone(), &base, 1, None).unwrap();
+        let full = disk.write(&[2; 4096], 20_480).unwrap_err();
+        assert_eq!(full.raw_os_error(), Some(libc::ENOSPC), "{more} more");
+        disk.zero(0..16_384).unwrap_or_else(|error| panic!("{more} more: {error}"));
+        disk.overlay().sync().unwrap();
+        disk.check_given_back();
+        disk.overlay().close().unwrap();
+        let (again, recovered) = disk.after_kill().unwrap();
+        assert_eq!(recovered, Recovered::Clean);
+        assert!(again.read_all()[..16_384].iter().all(|byte| *byte == 0));
+    }
 }
 
 #[test]

@@ -40,6 +40,11 @@ const LOG_RESERVE: u64 = 64 << 10;
 /// The last bytes of the reserve, kept for the records of a sync and a close: without those records
 /// no freed space could be returned.
 const SYNC_RESERVE: u64 = 4 << 10;
+/// The end of that part, kept for a sync and a close where nothing more can be reserved: 3 records.
+const LAST_RESERVE: u64 = 3 * RECORD_BYTES;
+/// Bytes that a closed log keeps for whoever opens it on a full host: 16 records, mostly inside a block that it
+/// has anyway.
+const CLOSED_RESERVE: u64 = 16 * RECORD_BYTES;
 /// The fewest records for which rewriting a log when it is opened pays off (8 KiB).
 const MIN_RECORDS_TO_REWRITE: u64 = 1 << 8;
 /// The fewest records for which compacting a log while it is in use pays off (2 MiB).
@@ -117,14 +122,16 @@ impl LogTail {
         (self.next - self.first) * RECORD_BYTES
     }
 
-    /// Removes what follows the last record: reserved space, or the part of an append that was written
-    /// before it failed, which would count as damage after a crash.
-    fn cut_off(&mut self) {
-        // On a host that cannot truncate, zeros remain, which hold no record.
-        let _ = self.file.truncate(self.end());
+    /// Removes what follows the last record, except for `kept` bytes of reserved space: that space, or the
+    /// part of an append that was written before it failed, which would count as damage after a crash.
+    fn cut_off(&mut self, kept: u64) {
+        let mut end = self.end();
         if self.preallocated != u64::MAX {
-            self.preallocated = 0;
+            end = self.preallocated.clamp(end, end + kept);
+            self.preallocated = end;
         }
+        // On a host that cannot truncate, zeros remain, which hold no record.
+        let _ = self.file.truncate(end);
     }
 
     /// Ensures that `len` more bytes will find space.
@@ -142,8 +149,14 @@ impl LogTail {
         match self.file.allocate(self.end()..upto) {
             Ok(()) => self.preallocated = upto,
             Err(error) if is_out_of_space(&error) => {
-                // Without a reserve to keep, the write itself shows whether there is still room.
-                return if reserve_use == ReserveUse::Full { Ok(()) } else { Err(error) };
+                let has_room = match reserve_use {
+                    // Without a reserve to keep, the write itself shows whether there is still room.
+                    ReserveUse::Full => true,
+                    // A log that was opened on a full host has only a little, which has to free the rest.
+                    ReserveUse::Partial => self.end() + len + LAST_RESERVE <= self.preallocated,
+                    ReserveUse::Keep => false,
+                };
+                return if has_room { Ok(()) } else { Err(error) };
             }
             // The host cannot preallocate space: every append may then fail with ENOSPC.
             Err(_) => self.preallocated = u64::MAX,
@@ -249,7 +262,7 @@ impl Log {
             sequence += 1;
         }
         if let Err(error) = tail.file.write_at(&[IoSlice::new(bytes)], tail.end()) {
-            tail.cut_off();
+            tail.cut_off(0);
             return Err(error);
         }
         tail.next = sequence;
@@ -320,12 +333,17 @@ impl Log {
         file.sync()
     }
 
-    /// Makes every record durable and frees the preallocated space when the log is closed.
+    /// Makes every record durable and frees the preallocated space when the log is closed, except for a few
+    /// records.
     ///
     /// # Errors
     /// The host's errno.
     pub fn finish(&self) -> io::Result<()> {
-        self.tail.lock().cut_off();
+        let mut tail = self.tail.lock();
+        // On a full host it keeps less.
+        let _ = tail.preallocate(CLOSED_RESERVE, ReserveUse::Full);
+        tail.cut_off(CLOSED_RESERVE);
+        drop(tail);
         self.sync()
     }
 

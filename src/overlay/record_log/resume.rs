@@ -91,6 +91,7 @@ impl Log {
         let vouched = scan.vouched.unwrap_or(0);
         let place = (scan.first, scan.last_sequence() + 1);
         let log = Self::from_parts(log_dir, uuid, block_size, file, place, vouched);
+        log.keep_reserve();
         log.append(&[LogRecord::Open { tag }], ReserveUse::Full)?;
         // Every later `Vouch` claims that the records before it, including this `Open`, are
         // durable.

@@ -487,6 +487,14 @@ impl Storage for SimFile {
         Ok(())
     }
 
+    fn allocated(&self) -> io::Result<u64> {
+        // Of data it is unknown, as on some hosts.
+        match self.role {
+            Role::Log => Ok(self.state.lock().allocated.len() as u64 * SECTOR),
+            _ => Ok(0),
+        }
+    }
+
     fn truncate(&self, len: u64) -> io::Result<()> {
         self.host.step(self.role, Deed::Truncate)?;
         let freed = self.state.lock().truncate(len);
