@@ -506,10 +506,16 @@ fn open_full(
     host.cut_at(host.steps().saturating_add(cut));
     let opened = SimDisk::open(layer.clone(), &disk.base, life, None);
     host.set_capacity(None);
-    if !host.is_off() {
-        host.cut_at(u64::MAX);
+    let (found, _) = opened?;
+    if host.is_off() {
+        return Ok(found);
     }
-    opened.map(|(found, _)| found)
+    host.cut_at(u64::MAX);
+    // Nothing that did not count is left for the next recovery.
+    let (again, recovered) = found.after_kill()?;
+    assert_eq!(recovered, Recovered::All);
+    assert!(again.read_all() == found.read_all(), "a kill changed it");
+    Ok(found)
 }
 
 /// Recovers `disk` on a full host after a kill and after power cuts: the recovery itself is cut at every
@@ -588,6 +594,22 @@ fn records_appended_during_the_last_sync_do_not_count_on_a_full_host() {
         model.write(8192 + at * 1024, &[2; 512]);
     }
     model.zero(0..2048);
+    let mut kill = model.clone();
+    kill.synced();
+    recover_full(&disk, &Left { power: model, kill });
+}
+
+#[test]
+fn records_appended_after_the_last_sync_are_gone_for_good_on_a_full_host() {
+    let base = Arc::new(TestBase::solid(SIZE));
+    let mut disk = SimDisk::persistent(&base, SIZE, 512, None);
+    disk.write(&[1; 4096], 0).unwrap();
+    disk.overlay().sync().unwrap();
+    let mut model = disk.model();
+    for at in 0..30 {
+        disk.write(&[2; 512], 8192 + at * 1024).unwrap();
+        model.write(8192 + at * 1024, &[2; 512]);
+    }
     let mut kill = model.clone();
     kill.synced();
     recover_full(&disk, &Left { power: model, kill });
