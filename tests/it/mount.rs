@@ -1145,7 +1145,7 @@ fn fallocate_reserves_the_space_of_whole_blocks() {
 fn eintr_and_eagain_of_a_base_become_eio() {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
-    lab.mount("d=base.img");
+    lab.mount("-o io_timeout=2 d=base.img");
     let file = lab.open("m/d");
     for errno in ["EINTR", "EAGAIN"] {
         let fails = format!("inject=lseek,pread64,preadv2:error={errno}");
