@@ -163,8 +163,9 @@ impl Disk {
         mode == PrefetchMode::CopyUp || self.copy_up.cache
     }
 
-    /// Whether reads copy up first (`cow-on-read`).
-    pub(super) fn copies_on_read(&self) -> bool {
+    /// Whether reads copy up first (`cow-on-read`): they write to the host then.
+    #[must_use]
+    pub fn copies_on_read(&self) -> bool {
         self.copy_up.read
     }
 }

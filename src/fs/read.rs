@@ -73,8 +73,8 @@ impl CowslipFs {
             reply.data(&buffer.as_slice()[..got]);
             READ_BUFFER.set(buffer);
         };
-        // A long copy would hold up what arrives after it.
-        let is_short = len <= MAX_COPY_AT_ARRIVAL;
+        // A long copy, or a host that takes no bytes, would hold up what arrives after it.
+        let is_short = len <= MAX_COPY_AT_ARRIVAL && !disk.copies_on_read();
         let repeat_on = if is_short { RepeatOn::Arrival } else { RepeatOn::Pool };
         self.shared.deadlines.repeat(disk, reply, repeat_on, work, send);
     }

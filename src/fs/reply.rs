@@ -1,4 +1,5 @@
-//! Deferred replies, sent by a thread of the disk's pool, with an optional deadline.
+//! Deferred replies, sent by a thread of the disk's pool, with an optional deadline; short reads of what a
+//! server has are answered by the thread that receives it.
 //!
 //! A client that waits for a reply cannot be killed, so every wait has an end: a request whose base
 //! does not answer before the deadline is answered `EIO`. The thread that still waits for the base

@@ -1,7 +1,7 @@
 //! Bases on servers: images behind real NBD servers, mounted, changed, lost and found again.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -645,6 +645,39 @@ fn zeros_that_take_long_are_done_before_they_are_answered() {
     assert_eq!(read(&lab.open_ro("base.img"), 1000 * MIB, 4096), [7; 4096]);
     drop(file);
     lab.umount();
+}
+
+#[test]
+fn an_overlay_whose_host_hangs_holds_up_no_other_disk_of_the_image() {
+    let lab = Lab::new();
+    put(&lab.path("base.img"), &noise(64 * MIB, 1));
+    let _server = Server::qemu(&lab, "base.img", "--shared=8");
+    lab.host("host", "ext4", 64 * MIB);
+    let source = address(&lab);
+    lab.mount(&format!(
+        "-o io_timeout=10 a={source},overlay=host/ov,cow-on-read,fetch=64K b={source},mode=ro,fetch=64K"
+    ));
+    let direct = |name: &str, offset: u64| {
+        let mut buffer = Aligned::of(&[0; 4096]);
+        let file = File::options().read(true).custom_flags(libc::O_DIRECT).open(lab.path(name))?;
+        file.read_exact_at(buffer.bytes_mut(), offset).map(|()| buffer.bytes().to_vec())
+    };
+    // All of the way once, so that only the overlay is new.
+    direct("m/a", 0).unwrap();
+    direct("m/b", MIB).unwrap();
+    lab.sh("fsfreeze -f host");
+    let other = thread::scope(|scope| {
+        let held = scope.spawn(|| direct("m/a", 8 * MIB));
+        wait_held_up(std::process::id(), libc::SYS_pread64, 1);
+        let other = direct("m/b", 40 * MIB);
+        lab.sh("fsfreeze -u host");
+        // It may have reached its deadline.
+        let _ = held.join().unwrap();
+        other
+    });
+    assert!(other.unwrap() == noise(64 * MIB, 1)[40 << 20..][..4096]);
+    lab.umount();
+    lab.sh("umount host");
 }
 
 #[test]
