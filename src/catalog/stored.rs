@@ -68,7 +68,10 @@ impl Catalog {
         store.keep(&entry.disk, name).map_err(|error| error.to_string())?;
         let _alone = self.name_changes.lock();
         if let Err(failed) = store.give_name(&entry.disk.uuid, name) {
-            if !failed.is_torn {
+            if failed.is_torn {
+                // The name may be lost, and what is acknowledged from now on with it.
+                entry.disk.latch();
+            } else {
                 // It stays usable, and ends with the mount.
                 store.remove_files(&entry.disk.uuid);
             }
