@@ -17,6 +17,7 @@ use crate::extents::{Extent, ExtentKind};
 use crate::layer::{Layer, Wait, WritableLayer};
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::tree::LayerTree;
+use crate::remote::CompareError;
 
 /// How often a paused hydration checks whether to continue.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -125,7 +126,10 @@ impl Disk {
         let hydration = &self.hydration;
         hydration.begin(rate);
         let must_stop = || operation.must_stop() || hydration.is_cancelled.load(Ordering::SeqCst);
-        let done = self.copy_up_all(&must_stop).and_then(|()| self.detach_base(&tree));
+        let done = self
+            .copy_up_all(&must_stop)
+            .and_then(|()| self.compare_base(&must_stop))
+            .and_then(|()| self.detach_base(&tree));
         hydration.is_running.store(false, Ordering::SeqCst);
         done
     }
@@ -190,6 +194,22 @@ impl Disk {
         let copied = self.copy_up(start..end, Wait::Yes)?;
         pace.wait(copied, must_stop);
         Ok(end)
+    }
+
+    /// Refuses to do without a base of which some bytes do not match its bmap, or were never compared: they
+    /// are in the overlay by now.
+    fn compare_base(&self, must_stop: &dyn Fn() -> bool) -> Result<(), OperationError> {
+        let described = self.described_base();
+        let Some(remote) = described.remote() else { return Ok(()) };
+        remote.compare_all(must_stop).map_err(|error| match error {
+            CompareError::Interrupted => OperationError::Interrupted,
+            CompareError::Io(error) => {
+                OperationError::io("comparing the base with its bmap")(error)
+            }
+            CompareError::Mismatch(_) | CompareError::TooLong(_) => {
+                OperationError::Refused(error.to_string())
+            }
+        })
     }
 
     /// Detaches everything below the overlay, which by now holds all bytes that are not holes.

@@ -77,12 +77,15 @@ pub(super) fn tick(shared: &Arc<FsContext>, stop: &AtomicBool) {
     }
 }
 
-/// Drops what the kernel has cached of a disk whose base was found not to match its bmap: some of it was
-/// answered before.
+/// Drops what the kernel has cached of a disk whose base was found not to match its bmap, and of its
+/// snapshots: some of it was answered before.
 fn drop_unmatched_pages(shared: &Arc<FsContext>, disk: &Arc<Disk>) {
     if disk.take_base_mismatch() {
         let (cache, target) = (Arc::clone(&shared.page_cache), Arc::clone(disk));
-        let drop_pages = move || cache.drop_all(&target);
+        let drop_pages = move || {
+            cache.drop_all(&target);
+            target.snapshot_files().iter().for_each(|file| cache.drop_all(file));
+        };
         disk.pools.notify.run(Box::new(drop_pages));
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::BLOCK_SIZE;
-use super::bmap::{OpenSums, SumStatus};
+use super::bmap::{OpenSums, RangeSums, SumStatus};
 use super::cache::{Cache, PlaceLock, Urgency};
 use super::fetcher::Fetcher;
 use super::known_extents::KnownExtents;
@@ -131,6 +131,11 @@ impl RemoteBase {
     /// Returns the bytes of the image that do not match its bmap, once there are any.
     pub(super) fn mismatch(&self) -> Option<&Range<u64>> {
         self.sums.as_ref().and_then(|sums| sums.ranges().mismatch())
+    }
+
+    /// Returns the checksums of the image's bmap, if it has any.
+    pub(super) fn sums(&self) -> Option<&RangeSums> {
+        self.sums.as_ref().map(|sums| &**sums.ranges())
     }
 
     /// Makes sure that nothing was found that does not match the bmap.

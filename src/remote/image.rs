@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::base::{RemoteBase, RemoteStatus};
+use super::bmap::CompareError;
 use super::samples::{identity_of, sampled_identity_of};
 use super::writable::RemoteDisk;
 use crate::config::RemoteAddress;
@@ -131,6 +132,21 @@ impl RemoteImage {
         match self {
             Self::Cached(shared) => shared.base().maintain(),
             Self::Direct(disk) => disk.maintain(),
+        }
+    }
+
+    /// Compares all of the image with its bmap, if it has one, for which it is fetched where it was not
+    /// before.
+    ///
+    /// # Errors
+    /// [`CompareError`].
+    pub fn compare_all(&self, must_stop: &dyn Fn() -> bool) -> Result<(), CompareError> {
+        match self {
+            Self::Cached(shared) => match shared.base().sums() {
+                Some(sums) => shared.base().compare_all(sums, must_stop),
+                None => Ok(()),
+            },
+            Self::Direct(_) => Ok(()),
         }
     }
 

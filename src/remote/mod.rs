@@ -43,7 +43,7 @@ mod writable;
 mod writer_guard;
 
 pub use self::base::{RemoteBase, RemoteStatus};
-pub use self::bmap::SumStatus;
+pub use self::bmap::{CompareError, SumStatus};
 pub use self::error::RemoteError;
 pub use self::image::RemoteImage;
 #[doc(hidden)]

@@ -279,3 +279,51 @@ fn the_thread_of_a_bmap_ends_with_its_image() {
     thread::sleep(Duration::from_millis(10));
     lab.umount();
 }
+
+#[test]
+fn a_disk_does_without_its_base_only_when_all_of_it_matches_the_bmap() {
+    let lab = Lab::new();
+    image(&lab);
+    let nginx = Nginx::start(&lab);
+    let words = format!("vm={},overlay=vm.cow,ahead=0,bmap=base.bmap", nginx.url("/base.img"));
+    // In the middle of the range of 3 MiB, part of which the disk never reads.
+    lab.sh("cp base.img right.img");
+    lab.open("base.img").write_all_at(b"another byte", 6 * MIB).unwrap();
+    lab.mount(&words);
+    lab.open("m/vm").write_all_at(&noise(MIB, 5), 5 * MIB).unwrap();
+    let line = lab.refused(1, "hydrate m/vm");
+    assert!(line.contains("bytes 4194304 to 7340031 of its base do not match"), "{line}");
+    assert_eq!(lab.disk("vm")["remote"]["bmap"]["mismatch"], "4194304-7340031");
+    lab.umount();
+    // What came of it is in the overlay: another one, over the right bytes.
+    lab.sh("rm -r vm.cow; cat right.img > base.img");
+    lab.mount(&words);
+    lab.open("m/vm").write_all_at(&noise(MIB, 5), 5 * MIB).unwrap();
+    lab.ok("hydrate m/vm");
+    assert!(lab.disk("vm")["remote"].is_null());
+    lab.umount();
+    lab.mount("vm=blank:16M,overlay=vm.cow");
+    lab.open("right.img").write_all_at(&noise(MIB, 5), 5 * MIB).unwrap();
+    lab.sh("cmp right.img m/vm");
+    lab.umount();
+}
+
+#[test]
+fn wrong_bytes_of_a_snapshot_do_not_stay_in_the_page_cache() {
+    let lab = Lab::new();
+    image(&lab);
+    let nginx = Nginx::start(&lab);
+    lab.open("base.img").write_all_at(b"another byte", 6 * MIB).unwrap();
+    let url = nginx.url("/base.img");
+    lab.mount(&format!("vm={url},overlay=vm.cow,ahead=0,bmap=base.bmap"));
+    lab.ok("snapshot m/vm one");
+    let snapshot = lab.open_ro("m/.cowslip/vm/snapshots/one");
+    let first = |at| snapshot.read_at(&mut [0; 4096], at).map_err(|error| error.raw_os_error());
+    assert_eq!(first(4 * MIB), Ok(4096));
+    // Nothing of the range is read that is wrong, but all of it comes.
+    lab.sh("cat m/vm >all || true");
+    wait_until("it is found", || !lab.disk("vm")["remote"]["bmap"]["mismatch"].is_null());
+    wait_until("the kernel's pages are gone", || first(4 * MIB) == Err(Some(libc::EIO)));
+    drop(snapshot);
+    lab.umount();
+}

@@ -237,6 +237,12 @@ impl Disk {
         })
     }
 
+    /// Returns the files of snapshots and diffs that the mount shows or somebody has open.
+    #[must_use]
+    pub fn snapshot_files(&self) -> Vec<Arc<Disk>> {
+        self.history.snapshot_files.lock().values().map(Arc::clone).collect()
+    }
+
     /// Number of open handles of the snapshots' files.
     pub(in crate::disk) fn snapshot_handle_count(&self) -> u32 {
         self.history.snapshot_files.lock().values().map(|file| file.handle_count()).sum()

@@ -10,11 +10,13 @@
 //! What is kept with a bmap is kept apart from what is kept without it, so that the former holds no bytes
 //! of a short range that were not compared.
 
+mod complete;
 #[cfg(feature = "network")]
 mod load;
 mod open;
 mod sums;
 
+pub use self::complete::CompareError;
 #[cfg(feature = "network")]
 pub(super) use self::load::load;
 pub(super) use self::open::OpenSums;

@@ -141,6 +141,18 @@ impl RangeSums {
         self.mismatch.get()
     }
 
+    /// Returns the first range that is not known to match, with its number.
+    pub(in crate::remote) fn first_unverified(&self) -> Option<(usize, Range<u64>)> {
+        let progress = &self.state.lock().progress;
+        let index = progress.iter().position(|progress| *progress != Progress::Verified)?;
+        Some((index, self.ranges.get(index)?.bytes.clone()))
+    }
+
+    /// Whether range `index` matches.
+    pub(in crate::remote) fn is_verified(&self, index: usize) -> bool {
+        self.state.lock().progress.get(index) == Some(&Progress::Verified)
+    }
+
     /// Returns what came of the comparison so far.
     pub(in crate::remote) fn status(&self) -> SumStatus {
         SumStatus {
