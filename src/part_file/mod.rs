@@ -241,6 +241,12 @@ impl PartFile {
         })
     }
 
+    /// Returns whether the file still has the name of a part: it was neither renamed nor replaced.
+    #[must_use]
+    pub fn has_its_name(&self) -> bool {
+        is_still_named(&self.file, &self.slot)
+    }
+
     /// Deletes the part when its content is not needed.
     pub fn remove(&self) {
         // If it cannot be deleted, it does no harm.

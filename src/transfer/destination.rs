@@ -71,6 +71,15 @@ impl Destination {
 }
 
 impl FileOwner {
+    /// Returns those of `file`.
+    ///
+    /// # Errors
+    /// The errno of fstat(2).
+    pub(super) fn of(file: &File) -> io::Result<Self> {
+        let meta = file.metadata()?;
+        Ok(Self { mode: meta.mode() & 0o777, uid: meta.uid(), gid: meta.gid() })
+    }
+
     /// Gives `file` this owner, as far as this process may, and this mode.
     ///
     /// # Errors

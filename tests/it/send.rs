@@ -273,6 +273,27 @@ fn part_is_kept_if_resume_is_forgotten() {
 }
 
 #[test]
+fn replacement_of_another_users_file_belongs_to_the_caller_until_it_is_complete() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 80 * MIB, &[(0, 80 * MIB)]);
+    let sent = wire(&lab, "x");
+    lab.sh("truncate -s 1M out; chown 65534:65534 out; chmod 664 out");
+    for words in ["--overwrite", "--overwrite", "--overwrite --resume"] {
+        let from = if words.contains("resume") { "x --from 64M" } else { "x" };
+        let wire = wire(&lab, from);
+        let cut = wire.len().min(70 << 20) - 4 * MIB as usize;
+        one_line(1, &recv(&lab, &format!("out {words}"), &wire[..cut]), words);
+        assert_eq!(lab.sh("stat -c %u:%g:%a out.part"), "0:0:600\n", "{words}");
+    }
+    assert_eq!(lab.sh("$COWSLIP recv out --resume-offset"), "67108864\n");
+    assert!(recv(&lab, "out --resume", &wire(&lab, "x --from 64M")).status.success());
+    same(&lab, "x", "out");
+    assert_eq!(lab.sh("stat -c %u:%g:%a out"), "65534:65534:664\n");
+    assert!(recv(&lab, "out --overwrite", &sent).status.success());
+    assert_eq!(lab.sh("stat -c %u:%g:%a out"), "65534:65534:664\n");
+}
+
+#[test]
 fn raw_frames_work_in_both_directions() {
     let lab = Lab::new();
     sparse(&lab, "x", 9 * MIB + 100, &[(MIB, 8192), (5 * MIB, 4096)]);

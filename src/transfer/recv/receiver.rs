@@ -31,6 +31,8 @@ pub(super) struct Receiver<'a> {
     /// Keeps all disks off a device; `None` for a file.
     _device_lock: Option<OutputLock>,
     device_path: PathBuf,
+    /// The owner and mode of the file that the part replaces; `None` without one.
+    owner: Option<FileOwner>,
     overwrite: Overwrite,
     /// Whether ranges that are not written keep the content they had before.
     pub(super) keeps_old_content: bool,
@@ -57,9 +59,10 @@ impl<'a> Receiver<'a> {
             CheckedDestination::File { name, owner, part, state } => {
                 let part = match (part, state) {
                     (Some(part), Some(old)) => (resume_part(part, &old, head)?, old.overwrite),
-                    (old, _) => (create_part(&name, old, owner)?, false),
+                    (old, _) => (create_part(&name, old, owner.is_some())?, false),
                 };
-                Self::open_part(part, plan, head, on_progress)
+                let opened = Self::open_part(part, plan, head, on_progress)?;
+                Ok(Self { owner, ..opened })
             }
         }
     }
@@ -96,6 +99,7 @@ impl<'a> Receiver<'a> {
             part: None,
             _device_lock: Some(lock),
             device_path: path,
+            owner: None,
             overwrite: Overwrite::Yes,
             keeps_old_content: true,
             limit: plan.limit,
@@ -138,6 +142,7 @@ impl<'a> Receiver<'a> {
             target,
             _device_lock: None,
             device_path: PathBuf::new(),
+            owner: None,
             overwrite: if overwrite { Overwrite::Yes } else { Overwrite::No },
             keeps_old_content: plan.onto.is_some(),
             limit: plan.limit,
@@ -239,7 +244,7 @@ impl<'a> Receiver<'a> {
         }
         state_writer.finish().map_err(failed)?;
         self.target.flush_hole().map_err(failed)?;
-        part.commit(self.overwrite).map_err(TransferError::AfterStart)?;
+        commit_as(self.owner, &part, self.overwrite)?;
         ReceiveState::remove(part.slot()).map_err(|error| {
             let state = path.with_file_name(part.slot().with_suffix(STATE_SUFFIX));
             TransferError::host("remove", &state, &error)
@@ -263,11 +268,38 @@ fn resume_part(
     Ok(part)
 }
 
-/// Creates a part of `name` in place of `old`. `owner` is that of the file it will replace.
+/// Renames the complete `part` to its name, with the owner and mode of the file that it replaces.
+///
+/// Until then the part is the caller's own: another owner could write to it while it is verified,
+/// and a part of another user can be neither resumed nor begun anew.
+fn commit_as(
+    owner: Option<FileOwner>,
+    part: &PartFile,
+    overwrite: Overwrite,
+) -> Result<(), TransferError> {
+    let failed = |error: io::Error| TransferError::host("write", part.path(), &error);
+    let Some(owner) = owner else {
+        return part.commit(overwrite).map_err(TransferError::AfterStart);
+    };
+    let own = FileOwner::of(part.file()).map_err(failed)?;
+    // The data first: what may take long, or fail, happens while the part is the caller's.
+    part.file().sync_all().map_err(failed)?;
+    let applied = owner.apply_to(part.file()).map_err(failed);
+    applied.and_then(|()| part.commit(overwrite).map_err(TransferError::AfterStart)).inspect_err(
+        |_| {
+            // What is left must stay the caller's. After a failure of the last sync it has its name.
+            if part.has_its_name() {
+                let _ = own.apply_to(part.file());
+            }
+        },
+    )
+}
+
+/// Creates a part of `name` in place of `old`. `is_private` until it replaces another file.
 fn create_part(
     name: &Path,
     old: Option<PartFile>,
-    owner: Option<FileOwner>,
+    is_private: bool,
 ) -> Result<PartFile, TransferError> {
     // Remove the state first: a state must never meet a file that it does not describe.
     let path = part_path(name);
@@ -277,11 +309,7 @@ fn create_part(
         None => FileSlot::of(name),
     };
     ReceiveState::remove(&slot.map_err(failed)?).map_err(failed)?;
-    let part = PartFile::create(name, old, if owner.is_some() { 0o600 } else { 0o666 })?;
-    if let Some(owner) = owner {
-        owner.apply_to(part.file()).map_err(failed)?;
-    }
-    Ok(part)
+    Ok(PartFile::create(name, old, if is_private { 0o600 } else { 0o666 })?)
 }
 
 /// The end of the transfer that failed.
