@@ -17,6 +17,7 @@ use super::target_writer::device_size;
 use crate::extents::ExtentKind;
 use crate::formats::RunContent;
 use crate::host;
+use crate::host::file_system::{FsKind, HostFs};
 
 /// Bytes that the source is read ahead: 4 MiB. The kernel's own read-ahead is 128 KiB.
 const READ_AHEAD: u64 = 4 << 20;
@@ -138,6 +139,7 @@ impl TransferSource {
                 path.display()
             )));
         }
+        check_length(&file, &meta, &path)?;
         // Faster read-ahead; this is only advice, so errors do not matter.
         let _ = fadvise(&file, 0, None, Advice::Sequential);
         if !kind.is_file() {
@@ -258,6 +260,31 @@ impl TransferSource {
         let now = FileStamp::of(&self.file);
         self.opened_stamp.is_some_and(|before| now.is_ok_and(|now| now.size < before.size))
     }
+}
+
+/// Checks that a regular file has as many bytes as its metadata says: files of the kernel, and of
+/// some FUSE servers, say 0 and have some.
+fn check_length(file: &File, meta: &Metadata, path: &Path) -> Result<(), TransferError> {
+    use std::os::unix::fs::FileExt;
+    if !meta.is_file() {
+        return Ok(());
+    }
+    let failed = |error: io::Error| TransferError::host("read", path, &error);
+    let path = path.display();
+    let fs = HostFs::of(file).map_err(failed)?;
+    if fs.kind == FsKind::Pseudo {
+        return Err(TransferError::Refused(format!(
+            "'{path}' is a {} file of the kernel: name a file or a block device",
+            fs.name
+        )));
+    }
+    if meta.len() == 0 && file.read_at(&mut [0], 0).map_err(failed)? > 0 {
+        return Err(TransferError::Refused(format!(
+            "'{path}' has bytes although its size is 0: send it through a pipe, cat FILE | cowslip \
+             send -"
+        )));
+    }
+    Ok(())
 }
 
 /// Returns whether the file system reports the holes of `file`. One that cannot report them says

@@ -256,6 +256,21 @@ fn existing_target_is_rejected_without_overwrite() {
 }
 
 #[test]
+fn kernel_file_that_hides_its_length_is_rejected() {
+    let lab = Lab::new();
+    for frames in ["", " --frames rbd", " --frames raw"] {
+        for path in ["/proc/cpuinfo", "/proc/self/maps", "/proc/kmsg"] {
+            let line = lab.refused(1, &format!("send {path}{frames}"));
+            assert!(line.contains("is a proc file of the kernel"), "{line}");
+        }
+    }
+    lab.sh("test -z \"$($COWSLIP send - </proc/cpuinfo 2>why)\"; grep 'is a proc file' why");
+    lab.sh("cat /proc/version | $COWSLIP send - | $COWSLIP recv out; cmp out /proc/version");
+    // An empty file is one.
+    lab.sh(": >e; $COWSLIP send e | $COWSLIP recv e2; test -f e2 -a ! -s e2");
+}
+
+#[test]
 fn part_is_kept_if_resume_is_forgotten() {
     let lab = Lab::new();
     sparse(&lab, "x", 80 * MIB, &[(0, 80 * MIB)]);
