@@ -74,8 +74,8 @@ pub use self::hydrate::{HydrateCommand, HydrationPhase};
 use self::layers::{LayerStack, Top};
 pub use self::new_size::SizeChange;
 pub use self::open::{
-    OpenContext, OpenError, OpenedDisk, clone_stored, create_blank, create_stored, open,
-    open_stored, spec_over,
+    OpenContext, OpenError, OpenedDisk, check_recorded_base, clone_stored, create_blank,
+    create_stored, open, open_stored, spec_over,
 };
 pub use self::operation::Force;
 use self::operation::Operations;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use parking_lot::{Mutex, MutexGuard};
 use uuid::Uuid;
 
+use crate::host::mountinfo;
 use crate::overlay::persist::{Holder, OverlayDir};
 use crate::overlay::tree::LayerTree;
 
@@ -173,9 +174,11 @@ impl OverlayLocation {
             (dir.path.clone(), dir.identity)
         };
         let data = data().and_then(|file| file.metadata().ok());
-        let is_there = match std::fs::metadata(path) {
+        let found = mountinfo::open_recorded(&path).and_then(|found| found.metadata());
+        let is_there = match found {
             Ok(found) => identity.is_none_or(|identity| identity == dev_ino(&found)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(error) if mountinfo::is_foreign_mount(&error) => false,
             // No permission to look tells nothing about the directory.
             Err(_) => true,
         };

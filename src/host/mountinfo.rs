@@ -286,6 +286,33 @@ pub fn open_resolved(path: &Path) -> io::Result<File> {
     Ok(at)
 }
 
+/// Opens what is at `path`, which was recorded some time ago and is named by nobody now, with `O_PATH`, as
+/// [`open_resolved`] does: what is mounted on the way by now gets no request if it is another user's.
+///
+/// # Errors
+/// The host's errno; a [`ForeignMountError`].
+pub fn open_recorded(path: &Path) -> io::Result<File> {
+    open_resolved(&resolve(path)?)
+}
+
+/// Refuses a recorded `path` that leads to a FUSE mount of another user. Whether anything else is there is
+/// left to whoever opens it.
+///
+/// # Errors
+/// A [`ForeignMountError`].
+pub fn check_recorded(path: &Path) -> io::Result<()> {
+    match open_recorded(path) {
+        Err(error) if is_foreign_mount(&error) => Err(error),
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+/// Whether `error` is a [`ForeignMountError`].
+#[must_use]
+pub fn is_foreign_mount(error: &io::Error) -> bool {
+    error.get_ref().and_then(|error| error.downcast_ref::<ForeignMountError>()).is_some()
+}
+
 /// Returns all cowslip mounts that this process sees, including dead ones; bind mounts of single
 /// files are left out.
 pub fn cowslip_mounts() -> Vec<MountEntry> {

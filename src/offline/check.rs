@@ -2,14 +2,16 @@
 //! with its record. A repair does the recovery of the next mount now, and removes what nothing
 //! needs.
 
+use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
 use super::{OfflineError, OverlayTarget};
 use crate::config::{RemoteAddress, RemoteSpec, SourcePart};
-use crate::confined::{self, FileAccess};
+use crate::confined::{FileAccess, PathHandle};
+use crate::host::mountinfo;
 use crate::identity::Identity;
 use crate::overlay::error::{LogError, OverlayError};
 use crate::overlay::persist::{self, LockedOverlay};
@@ -246,8 +248,12 @@ fn check_base(
                 return Ok(report_base(&source, overlay.stack.base.part(), BaseState::Unreachable));
             }
         },
-        SourceLocation::File(path) => match confined::open_input(path, FileAccess::Read) {
+        SourceLocation::File(path) => match open_recorded(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) if mountinfo::is_foreign_mount(&error) => {
+                damage.push(format!("the base '{shown}' cannot be compared: {error}"));
+                return Ok(report_base(&source, overlay.stack.base.part(), BaseState::Unreachable));
+            }
             file => Some(Identity::of(&file.map_err(failed)?).map_err(failed)?),
         },
     };
@@ -295,6 +301,11 @@ fn remote_identity(address: &str) -> Result<Identity, String> {
     remote.identity().map_err(|error| format!("'{}': {error}", remote.address()))
 }
 
+/// Opens the file at `path`, which an overlay has recorded, to read it.
+fn open_recorded(path: &Path) -> io::Result<File> {
+    PathHandle::of(mountinfo::open_recorded(path)?)?.open_input(FileAccess::Read)
+}
+
 /// Checks that the backing files of the base exist and are unchanged, and returns the path, the
 /// recorded size in bytes and the verdict for each.
 fn check_backing_files(
@@ -305,9 +316,12 @@ fn check_backing_files(
     let mut report = Vec::new();
     for FileRecord { path, identity } in source.needs {
         let shown = path.display();
-        let now = confined::open_input(path, FileAccess::Read).and_then(|file| Identity::of(&file));
+        let now = open_recorded(path).and_then(|file| Identity::of(&file));
         let difference = match now {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Some("is missing".to_owned()),
+            Err(error) if mountinfo::is_foreign_mount(&error) => {
+                Some(format!("cannot be compared: {error}"))
+            }
             now => {
                 let now = now.map_err(OfflineError::host(format!("cannot read '{shown}'")))?;
                 identity.differences(&now).map(|difference| format!("has changed: {difference}"))

@@ -32,6 +32,7 @@ impl OfflineCommit {
         };
         let name = dir.file_name().map_or("overlay".into(), |name| name.to_string_lossy());
         let mut spec = disk::spec_over(&name, &stack.base).map_err(failed())?;
+        disk::check_recorded_base(&spec)?;
         spec.overlay = Some(dir.to_owned());
         // The commit itself refuses a base that changed, even with force.
         let context = OpenContext { force: true, ..OpenContext::unmounted() };

@@ -28,6 +28,7 @@ use super::tree::LayerTree;
 pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::config::{OverlayKind, SourcePart, is_block_size};
 use crate::confined;
+use crate::host::mountinfo;
 use crate::identity::Identity;
 
 /// The longest `stack` in bytes: some ten thousand layers.
@@ -185,16 +186,18 @@ impl SourceLocation<'_> {
     #[must_use]
     pub fn leads_to(&self, file: Option<&File>) -> bool {
         let (Self::File(path), Some(file)) = (self, file) else { return false };
-        let (Ok(there), Ok(here)) = (std::fs::metadata(path), file.metadata()) else {
+        let there = mountinfo::open_recorded(path).and_then(|there| there.metadata());
+        let (Ok(there), Ok(here)) = (there, file.metadata()) else {
             return false;
         };
         (there.dev(), there.ino()) == (here.dev(), here.ino())
     }
 
-    /// Returns whether nothing has this path any more. A server is not asked.
+    /// Returns whether nothing has this path any more, or another user's FUSE mount has it. A server is not
+    /// asked.
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        matches!(self, Self::File(path) if !path.exists())
+        matches!(self, Self::File(path) if mountinfo::open_recorded(path).is_err())
     }
 }
 

@@ -507,3 +507,36 @@ fn fuse_mount_that_detaches_itself_while_it_is_judged_is_not_trusted() {
         let _ = rustix::mount::unmount(lab.path("m"), rustix::mount::UnmountFlags::DETACH);
     }
 }
+
+#[test]
+fn recorded_paths_are_not_looked_for_in_a_mount_of_another_user() {
+    let lab = Lab::new();
+    lab.sh("mkdir S own");
+    lab.file_with_holes("S/b.img", MIB);
+    lab.mount("--store st d=S/b.img,overlay=S/ov x=S/b.img,overlay=st");
+    lab.sh("mv S/ov ov2; mv S/b.img own/");
+    let answers = Answers::default();
+    let asked = Arc::clone(&answers.asked);
+    served_at(&lab, "S", "fuse.evil", 65534, answers);
+    let said = lines_of(&lab.cowslip("status m"));
+    assert!(said.contains("  d  ") && said.contains("  x  "), "{said}");
+    lab.umount();
+    for words in ["check ov2", "check st"] {
+        let said = lines_of(&lab.cowslip(words));
+        assert!(said.contains("cannot be compared: '"), "{words}: {said}");
+        assert!(said.contains("is a FUSE file system of another user (uid 65534)"), "{said}");
+    }
+    for words in ["mount m --store st", "commit ov2"] {
+        let line = lab.refused(1, words);
+        assert!(line.contains("is a FUSE file system of another user (uid 65534)"), "{line}");
+    }
+    let line = lab.refused(1, "mount m d=own/b.img,overlay=ov2");
+    assert!(line.contains("cowslip rebase"), "{line}");
+    lab.ok("rebase ov2 --base own/b.img");
+    lab.ok("rebase st/names/x --base own/b.img");
+    assert_eq!(asked.load(Ordering::SeqCst), 0, "it was asked");
+    rustix::mount::unmount(lab.path("S"), rustix::mount::UnmountFlags::DETACH).unwrap();
+    lab.mount("--store st d=own/b.img,overlay=ov2");
+    lab.sh("cmp m/d own/b.img; cmp m/x own/b.img");
+    lab.umount();
+}

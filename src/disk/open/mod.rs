@@ -30,7 +30,9 @@ use self::layered::{complete, open_layers};
 pub use self::opened::OpenedDisk;
 pub(super) use self::persistent::new_stack;
 pub(super) use self::stored::COMMAND_IN_STORE;
-pub use self::stored::{clone_stored, create_blank, create_stored, open_stored, spec_over};
+pub use self::stored::{
+    check_recorded_base, clone_stored, create_blank, create_stored, open_stored, spec_over,
+};
 use crate::config::{DiskSource, DiskSpec};
 use crate::layer::Wait;
 use crate::overlay::persist::{self, OverlayPath};

@@ -17,6 +17,7 @@ use crate::disk::attrs::DiskOwner;
 use crate::disk::base_description::BaseDescription;
 use crate::disk::history::FrozenLayer;
 use crate::disk::operation_error::OperationError;
+use crate::host::mountinfo;
 use crate::layer::Layer;
 use crate::overlay::DEFAULT_BLOCK_SIZE;
 use crate::overlay::error::OverlayError;
@@ -59,6 +60,21 @@ pub fn spec_over(name: &str, base: &BaseRecord) -> Result<DiskSpec, OverlayError
     })
 }
 
+/// Refuses a base that an overlay has recorded, and that nobody names, where another user's FUSE mount has
+/// its path by now.
+///
+/// # Errors
+/// [`OpenError::Refused`].
+pub fn check_recorded_base(spec: &DiskSpec) -> Result<(), OpenError> {
+    let DiskSource::File(path) = &spec.source else { return Ok(()) };
+    mountinfo::check_recorded(path).map_err(|error| {
+        OpenError::Refused(format!(
+            "its base '{}' cannot be opened: {error}: put it back, or use cowslip rebase",
+            path.display()
+        ))
+    })
+}
+
 /// Opens the disk `name` of a store, taking from `layer_cache` the layers that are open already.
 ///
 /// # Errors
@@ -72,6 +88,7 @@ pub fn open_stored(
     let stack = persist::open_overlay_dir(overlay.dir).and_then(|dir| Stack::read(&dir));
     let stack = stack.map_err(OpenError::overlay(overlay.dir))?;
     let spec = spec_over(name, &stack.base).map_err(OpenError::overlay(overlay.dir))?;
+    check_recorded_base(&spec)?;
     open_layers(&spec, Some(overlay), context, layer_cache).map_err(|error| match error {
         // The user did not name the base, so the message does not ask to check its name.
         OpenError::Base(BaseError::Missing(base)) => OpenError::Mismatch {
