@@ -494,6 +494,28 @@ fn a_mount_that_takes_questions_and_never_answers_holds_up_nobody() {
     assert_eq!(mounts_below(lab.dir()), Vec::<PathBuf>::new());
 }
 
+/// Returns the open files of the processes that `pid` has started.
+fn files_of_children(pid: u32) -> Vec<usize> {
+    let parent = format!("PPid:\t{pid}\n");
+    let processes = fs::read_dir("/proc").unwrap().flatten().map(|process| process.path());
+    let children = processes.filter(|process| {
+        fs::read_to_string(process.join("status")).is_ok_and(|status| status.contains(&parent))
+    });
+    children.flat_map(|child| fs::read_dir(child.join("fd"))).map(Iterator::count).collect()
+}
+
+#[test]
+fn process_that_asks_a_silent_mount_has_no_files_of_the_command() {
+    let lab = Lab::new();
+    served(&lab, 0, Answers { is_silent: silent(), ..Answers::default() });
+    // It cannot end while the mount is there, and whoever waits for a pipe or a lock would wait as long.
+    let umount = Running(lab.command(COWSLIP).args(["umount", "m"]).spawn().unwrap());
+    wait_until("it has but the pipe for its answer", || files_of_children(umount.pid()) == [1]);
+    // Ends the connection, and with it all that waits for an answer.
+    let _ = rustix::mount::unmount(lab.path("m"), rustix::mount::UnmountFlags::FORCE);
+    wait_until("the command ends", || !is_alive(umount.pid()));
+}
+
 #[test]
 fn fuse_mount_that_detaches_itself_while_it_is_judged_is_not_trusted() {
     for at in 0..6 {

@@ -1,7 +1,7 @@
 //! The check whether a mount is alive, with a time limit: a mount may never answer.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -36,7 +36,7 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) fn mount_health(mountpoint: &Path) -> MountHealth {
     match mount_at(mountpoint) {
         None => MountHealth::NotMounted,
-        Some(entry) => probe(&entry, &entry.mountpoint, PROBE_TIMEOUT),
+        Some(entry) => probe(&entry, None, &entry.mountpoint, PROBE_TIMEOUT),
     }
 }
 
@@ -52,7 +52,7 @@ pub(crate) struct SilentMountError(pub(crate) PathBuf);
 /// [`SilentMountError`].
 pub(crate) fn check_answers(path: &Path) -> Result<(), SilentMountError> {
     let Some(found) = enclosing_mount(path) else { return Ok(()) };
-    match probe(&found.mount, &found.mount.mountpoint, OPEN_TIMEOUT) {
+    match probe(&found.mount, None, &found.mount.mountpoint, OPEN_TIMEOUT) {
         MountHealth::Silent => Err(SilentMountError(found.mount.mountpoint)),
         MountHealth::NotMounted | MountHealth::Alive | MountHealth::Dead => Ok(()),
     }
@@ -63,18 +63,24 @@ impl MountHandle {
     #[must_use]
     pub(crate) fn health(&self) -> MountHealth {
         match self.is_mounted() {
-            true => probe(self.entry(), &self.access_path(), PROBE_TIMEOUT),
+            true => probe(self.entry(), Some(self.parent()), self.name(), PROBE_TIMEOUT),
             false => MountHealth::NotMounted,
         }
     }
 }
 
-/// Checks whether the mount `entry`, to which `path` leads, answers. A FUSE mount of another user is
+/// Checks whether the mount `entry` answers, to which `path` leads from `dir` (`None`: an absolute
+/// path). A FUSE mount of another user is
 /// not asked: its server could read the request and never answer it.
 ///
 /// A process that waits for such an answer cannot end, not even by SIGKILL (`request_wait_answer` in
 /// fs/fuse/dev.c). So a child asks, and is left behind if it gets no answer in time.
-fn probe(entry: &MountEntry, path: &Path, timeout: Duration) -> MountHealth {
+fn probe(
+    entry: &MountEntry,
+    dir: Option<BorrowedFd<'_>>,
+    path: &Path,
+    timeout: Duration,
+) -> MountHealth {
     if entry.is_foreign() {
         return MountHealth::Alive;
     }
@@ -87,7 +93,7 @@ fn probe(entry: &MountEntry, path: &Path, timeout: Duration) -> MountHealth {
     // matter which locks other threads held.
     let child = match unsafe { libc::fork() } {
         // SAFETY: this is the child.
-        0 => unsafe { ask_and_exit(&path, writer.as_raw_fd()) },
+        0 => unsafe { ask_and_exit(dir.map(|dir| dir.as_raw_fd()), &path, writer.as_raw_fd()) },
         child if child > 0 => Pid::from_raw(child),
         _ => None,
     };
@@ -110,15 +116,35 @@ fn probe(entry: &MountEntry, path: &Path, timeout: Duration) -> MountHealth {
     }
 }
 
-/// Requests the attributes of `path`, writes the errno (0 for none) to `to`, and ends this process.
+/// Requests the attributes of `path`, which begins at `dir`, writes the errno (0 for none) to `to`,
+/// and ends this process.
+///
+/// It may have to wait for as long as the mount is there. So it first gives up all that it has of the
+/// caller's: whoever reads our output, or waits for a lock of our parents, would wait as long.
 ///
 /// # Safety
 /// Only for the child of a fork: no destructor runs.
-unsafe fn ask_and_exit(path: &CStr, to: RawFd) -> ! {
+unsafe fn ask_and_exit(dir: Option<RawFd>, path: &CStr, to: RawFd) -> ! {
     // FORCE_SYNC: cached attributes outlive the daemon.
     let flags = libc::AT_STATX_FORCE_SYNC | libc::AT_NO_AUTOMOUNT;
     // SAFETY: the path ends with a zero byte, all zeros is a valid statx, and `to` is open.
     unsafe {
+        // The working directory keeps its file system busy; a directory of ours goes by this, too.
+        let entered = match dir {
+            Some(dir) => libc::fchdir(dir),
+            None => libc::chdir(c"/".as_ptr()),
+        };
+        if entered != 0 {
+            libc::write(to, (*libc::__errno_location()).to_ne_bytes().as_ptr().cast(), 4);
+            libc::_exit(0);
+        }
+        // close_range(2), Linux 5.9; an older kernel leaves them open, which is no reason to fail.
+        // `to` is a valid descriptor, so it is not negative.
+        let to_number = to.cast_unsigned();
+        if to_number > 0 {
+            libc::syscall(libc::SYS_close_range, 0, to_number - 1, 0);
+        }
+        libc::syscall(libc::SYS_close_range, to_number + 1, libc::c_uint::MAX, 0);
         let mut found: libc::statx = std::mem::zeroed();
         let result = libc::statx(
             libc::AT_FDCWD,

@@ -15,7 +15,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
@@ -78,6 +78,16 @@ impl MountHandle {
     #[must_use]
     pub(crate) fn access_path(&self) -> PathBuf {
         self.directory().join(&self.name)
+    }
+
+    /// The directory in which the mountpoint lies.
+    pub(super) fn parent(&self) -> BorrowedFd<'_> {
+        self.parent.as_fd()
+    }
+
+    /// The name of the mountpoint in its directory.
+    pub(super) fn name(&self) -> &Path {
+        Path::new(&self.name)
     }
 
     fn directory(&self) -> PathBuf {
