@@ -28,6 +28,9 @@ const MAX_REQUESTS: usize = 64;
 const FULL_REQUESTS: usize = 16;
 const FULL_BYTES: usize = 64 << 10;
 
+/// The fewest requests that a connection has before another one is opened: that takes several round trips.
+const BUSY_REQUESTS: usize = 4;
+
 /// A place for a connection.
 #[derive(Default)]
 pub(super) struct Slot {
@@ -303,7 +306,9 @@ impl State {
         let open = self.slots.iter().filter(|slot| slot.connection.is_some()).count();
         let taken = self.slots.iter().filter(|slot| slot.is_taken).count();
         // One is opened at a time; during an outage none is.
-        let is_busy = self.requests.len() > open * FULL_REQUESTS || self.bytes > open * FULL_BYTES;
+        let requests = self.requests.len();
+        let is_busy = requests > open * FULL_REQUESTS
+            || requests >= open * BUSY_REQUESTS && self.bytes > open * FULL_BYTES;
         if open != taken || !is_busy || now < self.open_after {
             return None;
         }
